@@ -1,0 +1,84 @@
+"""Every error shoal raises on purpose, on one screen.
+
+A message says what happened, whose doing it was and what to do next. The command line prints `str(error)` and, when
+there is one, `hint` on a line of its own, then exits with `exit_code`; the gateway turns `code` and `http_status`
+into an OpenAI-shaped error body. Exit codes: 1 failure, 2 usage, 3 the answer is no, 4 refused, 5 full.
+"""
+
+from __future__ import annotations
+
+
+class ShoalError(Exception):
+    """Base of all errors shoal raises on purpose."""
+
+    code = "failure"
+    exit_code = 1
+    http_status = 500
+
+    def __init__(self, message: str, *, hint: str = "", retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+        self.retry_after_s = retry_after_s
+
+
+class UsageError(ShoalError):
+    """The caller asked for something that cannot be asked for (a flag, a block range, a request field)."""
+
+    code = "invalid_request"
+    exit_code = 2
+    http_status = 400
+
+
+class ModelError(UsageError):
+    """A model directory cannot be used: missing files, pickle weights, unknown family."""
+
+    code = "model_error"
+
+
+class CannotSplit(ModelError):
+    """This decoder family (or this cut) cannot be split at the asked layer border; the message says why."""
+
+    code = "cannot_split"
+    exit_code = 3
+
+
+class ContextTooLong(UsageError):
+    """Prompt plus requested tokens exceed the model's context length."""
+
+    code = "context_length_exceeded"
+
+
+class Refused(ShoalError):
+    """The other side does not let us in: certificate, role, swarm or protocol version."""
+
+    code = "refused"
+    exit_code = 4
+    http_status = 403
+
+
+class ProtocolError(ShoalError):
+    """The peer sent bytes that break docs/protocol.md. Always the sender's doing; the connection is closed."""
+
+    code = "protocol_error"
+
+
+class PeerLost(ShoalError):
+    """A connection to a peer ended: reset, closed, or silent for longer than the heartbeat allows."""
+
+    code = "peer_lost"
+
+
+class Full(ShoalError):
+    """A server has no room for another session now. Nothing is broken: try again after `retry_after_s`."""
+
+    code = "full"
+    exit_code = 5
+    http_status = 429
+
+
+class SwarmIncomplete(ShoalError):
+    """Some blocks of the model are hosted by no live server, so no chain can be built."""
+
+    code = "swarm_incomplete"
+    exit_code = 3
+    http_status = 503

@@ -1,0 +1,250 @@
+"""Every message that crosses a machine border, with its bounds. docs/protocol.md describes them for other teams.
+
+A message is a msgspec struct sent as a msgpack array; unknown tags, unknown fields and wrong types are refused by the
+decoder. Tensors never travel inside a message: they are the raw body of the same frame, described by `Tensor`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+PROTOCOL_VERSION = 1
+
+MAX_META_BYTES = 64 * 1024
+MAX_BODY_BYTES = 256 * 1024 * 1024
+"""No frame body may be larger; a Transport may be given a smaller budget."""
+MAX_ITEMS = 1024
+"""Rows of at most this many sessions share one frame."""
+MAX_ROWS = 65_536
+MAX_HIDDEN = 65_536
+MAX_CONTEXT = 16 * 1024 * 1024
+
+SessionBytes = Annotated[bytes, Meta(min_length=16, max_length=16)]
+NodeText = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[a-z0-9][a-z0-9._-]*$")]
+NameText = Annotated[str, Meta(max_length=256)]
+ReasonText = Annotated[str, Meta(max_length=1024)]
+AddressText = Annotated[str, Meta(min_length=1, max_length=256)]
+Count = Annotated[int, Meta(ge=0, le=2**53)]
+Position = Annotated[int, Meta(ge=0, le=MAX_CONTEXT)]
+BlockIndex = Annotated[int, Meta(ge=0, le=100_000)]
+Millis = Annotated[float, Meta(ge=0.0, le=1e9)]
+
+WireType = Literal["f32", "bf16", "int8"]
+"""How activations travel: raw float32, raw bfloat16, or blockwise int8 (one float32 scale per 64 values)."""
+
+
+class Tensor(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Describes the body of a frame: [rows, width] activations in row-major order, little-endian."""
+
+    dtype: WireType
+    rows: Annotated[int, Meta(ge=0, le=MAX_ROWS)]
+    width: Annotated[int, Meta(ge=1, le=MAX_HIDDEN)]
+
+
+class _Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    pass
+
+
+class Hello(_Message, frozen=True, tag=1):
+    """First message in both directions. A connection counts as made only once the other side's Hello has arrived."""
+
+    protocol: int
+    swarm: NameText
+    node: NodeText
+    role: Literal["server", "client", "gateway", "admin"]
+
+
+class Ping(_Message, frozen=True, tag=2):
+    """Answered by the network loop, never behind compute."""
+
+    nonce: Count
+
+
+class Pong(_Message, frozen=True, tag=3):
+    nonce: Count
+
+
+class Fault(_Message, frozen=True, tag=4):
+    """Why the sender is about to close, or why one request failed. Carries a code, never a path or a traceback."""
+
+    code: NameText
+    message: ReasonText
+    retry_after_s: Annotated[float, Meta(ge=0.0, le=86_400.0)] | None = None
+
+
+class Hop(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Where a server pushes a session's output: another server."""
+
+    node: NodeText
+    addresses: Annotated[list[AddressText], Meta(min_length=1, max_length=8)]
+
+
+class Open(_Message, frozen=True, tag=10):
+    """Driver -> server: host this session on blocks start:end, reserve room for max_tokens, push outputs to `next`
+    (None: this is the last stage, return them to the driver). `epoch` grows with every re-plan of the session."""
+
+    session: SessionBytes
+    epoch: Count
+    model: NameText
+    start: BlockIndex
+    end: BlockIndex
+    stages: Annotated[int, Meta(ge=1, le=1024)]
+    """How many servers the chain has; the server sizes its batches so that all of them stay busy."""
+    max_tokens: Position
+    wire: WireType
+    next: Hop | None
+
+
+class Opened(_Message, frozen=True, tag=11):
+    session: SessionBytes
+    epoch: Count
+
+
+class Denied(_Message, frozen=True, tag=12):
+    """Answer to Open or Relink. code: full, unknown_model, blocks_not_hosted, draining, stale_epoch, unknown_session."""
+
+    session: SessionBytes
+    epoch: Count
+    code: NameText
+    message: ReasonText
+    retry_after_s: Annotated[float, Meta(ge=0.0, le=86_400.0)]
+
+
+class StepItem(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """`rows` consecutive tokens of one session, the first of them at `position`; its rows follow those of the items
+    before it in the body. Items of a session are processed in the order of position; a duplicate is harmless."""
+
+    session: SessionBytes
+    epoch: Count
+    position: Position
+    rows: Annotated[int, Meta(ge=1, le=MAX_ROWS)]
+    forward_from: Position = 0
+    """Outputs for positions below this are needed by nobody (a replay rebuilds the cache only)."""
+
+
+class Step(_Message, frozen=True, tag=13):
+    """Inputs of a stage: driver -> first server, or server -> next server."""
+
+    items: Annotated[list[StepItem], Meta(min_length=1, max_length=MAX_ITEMS)]
+    tensor: Tensor
+
+
+class Result(_Message, frozen=True, tag=14):
+    """Last server -> driver: outputs of the last block."""
+
+    items: Annotated[list[StepItem], Meta(min_length=1, max_length=MAX_ITEMS)]
+    tensor: Tensor
+
+
+class Journal(_Message, frozen=True, tag=15):
+    """Every other server -> driver, off the critical path: the outputs it pushed on, which are the next stage's
+    inputs. `block` is the index of the first block that takes them."""
+
+    block: BlockIndex
+    items: Annotated[list[StepItem], Meta(min_length=1, max_length=MAX_ITEMS)]
+    tensor: Tensor
+
+
+class Relink(_Message, frozen=True, tag=16):
+    """Driver -> server: push this session's outputs to `next` from now on."""
+
+    session: SessionBytes
+    epoch: Count
+    next: Hop | None
+
+
+class Relinked(_Message, frozen=True, tag=17):
+    """`position`: the first position whose output goes to the new next hop; all below went to the old one."""
+
+    session: SessionBytes
+    epoch: Count
+    position: Position
+
+
+class Close(_Message, frozen=True, tag=18):
+    """Driver -> server: forget these sessions now (finished, cancelled or moved elsewhere)."""
+
+    sessions: Annotated[list[SessionBytes], Meta(min_length=1, max_length=MAX_ITEMS)]
+
+
+class Gone(_Message, frozen=True, tag=19):
+    """Server -> driver: these sessions no longer live here. code: next_lost (the push link broke; the cache is kept
+    until closed), draining, expired, failed, out_of_order."""
+
+    sessions: Annotated[list[SessionBytes], Meta(min_length=1, max_length=MAX_ITEMS)]
+    code: NameText
+    message: ReasonText
+
+
+class Span(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One model's consecutive blocks on one server."""
+
+    model: NameText
+    start: BlockIndex
+    end: BlockIndex
+
+
+class Record(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What one node says about itself. One writer per node: the higher (incarnation, version) wins. It is valid for
+    lease_s seconds after it was last heard to grow; lease times are measured on the receiver's clock only."""
+
+    node: NodeText
+    incarnation: Count
+    version: Count
+    lease_s: Annotated[float, Meta(gt=0.0, le=3600.0)]
+    role: Literal["server", "client", "gateway", "admin"]
+    state: Literal["joining", "loading", "online", "draining", "gone"]
+    addresses: Annotated[list[AddressText], Meta(max_length=8)]
+    span: Span | None
+    pid: Count
+    dtype: Literal["float32", "bfloat16", "float16"]
+    decode_ms_per_block: Millis
+    """Time of one block for one row, measured on this machine (probe at first, then real traffic)."""
+    prefill_ms_per_block_token: Millis
+    memory_bytes: Count
+    """What this node offers for weights and caches together."""
+    cache_tokens_free: Count
+    cache_tokens_total: Count
+    queue_rows: Count
+    """Rows waiting for compute when the record was written."""
+    sessions: Count
+    labels: Annotated[list[NameText], Meta(max_length=16)] = []
+
+
+class Sync(_Message, frozen=True, tag=30):
+    """Push-pull gossip. `digest` maps each known node to [incarnation, version]; `records` are those the sender thinks
+    the receiver lacks. The receiver answers with a Sync of its own when `reply` is true."""
+
+    digest: dict[NodeText, tuple[Count, Count]]
+    records: Annotated[list[Record], Meta(max_length=2048)]
+    reply: bool
+
+
+class Assign(_Message, frozen=True, tag=31):
+    """Admin -> server without blocks: load these."""
+
+    span: Span
+    reason: ReasonText
+
+
+Message = (
+    Hello
+    | Ping
+    | Pong
+    | Fault
+    | Open
+    | Opened
+    | Denied
+    | Step
+    | Result
+    | Journal
+    | Relink
+    | Relinked
+    | Close
+    | Gone
+    | Sync
+    | Assign
+)
