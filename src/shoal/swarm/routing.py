@@ -1,0 +1,241 @@
+"""Which chain of servers a session takes: the one with the least expected time per token, found over block borders.
+
+    time of a hop = half a round trip to get there
+                  + blocks used x decode_ms_per_block                       (its own work)
+                  + rows ahead x QUEUE_ROW_SHARE x blocks hosted x decode_ms_per_block    (waiting)
+
+A server may be entered and left in the middle of its span. Because work grows evenly with the number of blocks, it
+never pays to change servers at a border where neither the one span ends nor the other begins, so only those borders are
+searched: the cost depends on the number of servers, not of blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from typing import Protocol
+
+from shoal.errors import Full, ShoalError, SwarmIncomplete
+from shoal.spec.ids import BlockRange
+from shoal.swarm.estimates import Links
+from shoal.wire.messages import Record
+
+QUEUE_ROW_SHARE = 0.25
+"""What one waiting row adds, as a share of a step: rows are computed together, and a batch of 8 takes far less than 8
+times as long as one row."""
+SESSION_ROWS = 0.5
+"""Rows in the queue that one live session stands for on average: its row is at this server part of the time only, and
+the queue length in a record is a snapshot, out of date on arrival."""
+JITTER = 0.05
+"""Measured speeds closer than this are no reason to prefer a server. Every search multiplies each server's time by a
+random factor from [1, 1 + JITTER], so that equal replicas share the load."""
+
+
+class Rng(Protocol):
+    """The part of random.Random that decisions use."""
+
+    def random(self) -> float: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """One server of a chain and the blocks it computes there (all or a part of what it hosts)."""
+
+    node: str
+    addresses: tuple[str, ...]
+    blocks: BlockRange
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Servers in order; their ranges join without a gap. `expected_ms` is the expected time of one token."""
+
+    hops: tuple[Hop, ...]
+    expected_ms: float
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        return tuple(hop.node for hop in self.hops)
+
+    def explain(self) -> str:
+        """The chain in words, for `shoal status --explain` and logs."""
+        way = ", then ".join(f"{hop.node} for blocks {hop.blocks}" for hop in self.hops)
+        return f"{way}: {self.expected_ms:.2f} ms expected per token"
+
+
+@dataclass(frozen=True, slots=True)
+class _Option:
+    """A server's usable blocks, clipped to what is asked."""
+
+    record: Record
+    start: int
+    end: int
+    ms_per_block: float
+    wait_ms: float
+
+
+def route(
+    records: Iterable[Record],
+    model: str,
+    num_blocks: int,
+    *,
+    rng: Rng,
+    avoid: AbstractSet[str] = frozenset(),
+    need_tokens: int = 0,
+    start: int = 0,
+    end: int | None = None,
+    links: Links | None = None,
+    source: str = "",
+    target: str | None = None,
+) -> Chain | None:
+    """The chain with the least expected latency for blocks `start` to `end` (default: all), or None when the servers
+    that qualify do not cover them. `records` are live ones (`View.live`).
+
+    A server qualifies when it is online, hosts this model, is not in `avoid` and has `need_tokens` cache tokens free.
+    `source` is the node the first hop gets its input from, `target` (default: source) the one that takes the output.
+    """
+    end = num_blocks if end is None else end
+    links = links or Links()
+    options = [
+        option
+        for record in sorted(records, key=lambda record: record.node)
+        if (option := _option(record, model, start, end, avoid, need_tokens, rng)) is not None
+    ]
+    # best[i] = (time until option i's output at its last block leaves i, border where i was entered, option before i).
+    # Going through the borders in order, an option is entered where it starts or where another one ends.
+    borders = sorted({start, *(o.start for o in options), *(o.end for o in options)} - {end})
+    entered: dict[int, list[tuple[float, int, int | None]]] = {i: [] for i in range(len(options))}
+    for border in borders:
+        for i, option in enumerate(options):
+            if not option.start <= border < option.end:
+                continue
+            arrivals: list[tuple[float, int | None]] = []
+            if border == start:
+                arrivals.append((links.rtt_ms(source, option.record.node) / 2, None))
+            for j, before in enumerate(options):
+                if j == i or not before.start < border <= before.end:
+                    continue
+                if border != before.end and border != option.start:
+                    continue
+                left = _leave(options, entered, j, border)
+                if left is not None:
+                    arrivals.append((left + links.rtt_ms(before.record.node, option.record.node) / 2, j))
+            if arrivals:
+                time_ms, before_index = min(arrivals, key=lambda arrival: arrival[0])
+                entered[i].append((time_ms + option.wait_ms, border, before_index))
+    target = source if target is None else target
+    finals = [
+        (left + links.rtt_ms(option.record.node, target) / 2, i)
+        for i, option in enumerate(options)
+        if option.end == end and (left := _leave(options, entered, i, end)) is not None
+    ]
+    if not finals:
+        return None
+    expected_ms, last = min(finals)
+    return Chain(_walk_back(options, entered, last, end), expected_ms)
+
+
+def missing_blocks(records: Iterable[Record], model: str, num_blocks: int) -> list[BlockRange]:
+    """The ranges of blocks that no online server hosts."""
+    covered = [False] * num_blocks
+    for record in records:
+        if record.state == "online" and record.span is not None and record.span.model == model:
+            for block in range(record.span.start, min(record.span.end, num_blocks)):
+                covered[block] = True
+    missing = []
+    begin = None
+    for block, hosted in enumerate([*covered, True]):
+        if not hosted and begin is None:
+            begin = block
+        elif hosted and begin is not None:
+            missing.append(BlockRange(begin, block))
+            begin = None
+    return missing
+
+
+def why_no_chain(
+    records: Sequence[Record],
+    model: str,
+    num_blocks: int,
+    *,
+    avoid: AbstractSet[str] = frozenset(),
+    need_tokens: int = 0,
+    retry_after_s: float = 2.0,
+) -> ShoalError:
+    """The error to raise when `route` found nothing: what is missing, and whether waiting helps."""
+    missing = missing_blocks(records, model, num_blocks)
+    if missing:
+        ranges = ", ".join(str(part) for part in missing)
+        return SwarmIncomplete(
+            f"No live server hosts blocks {ranges} of {model}.",
+            hint="Start a server for these blocks, or wait for one that restarts; `shoal status` shows who is here.",
+            retry_after_s=retry_after_s,
+        )
+    reachable = [record for record in records if record.node not in avoid]
+    lost = missing_blocks(reachable, model, num_blocks)
+    if lost:
+        ranges = ", ".join(str(part) for part in lost)
+        return SwarmIncomplete(
+            f"The servers of blocks {ranges} of {model} cannot be reached or refused the session.",
+            hint="They are tried again soon; a second replica of these blocks (--replicas 2) would take over at once.",
+            retry_after_s=retry_after_s,
+        )
+    return Full(
+        f"No chain for {model} has room for {need_tokens} more tokens.",
+        hint="Ask for fewer tokens (max_tokens), or try again when other sessions have finished.",
+        retry_after_s=retry_after_s,
+    )
+
+
+def _option(
+    record: Record, model: str, start: int, end: int, avoid: AbstractSet[str], need_tokens: int, rng: Rng
+) -> _Option | None:
+    factor = 1.0 + JITTER * rng.random()  # drawn for every record, so that one more exclusion shifts no other's draw
+    span = record.span
+    if record.state != "online" or span is None or span.model != model or record.node in avoid:
+        return None
+    if record.cache_tokens_free < need_tokens:
+        return None
+    first, last = max(span.start, start), min(span.end, end)
+    if first >= last:
+        return None
+    ms_per_block = record.decode_ms_per_block * factor
+    rows_ahead = record.queue_rows + SESSION_ROWS * record.sessions
+    wait_ms = rows_ahead * QUEUE_ROW_SHARE * (span.end - span.start) * ms_per_block
+    return _Option(record, first, last, ms_per_block, wait_ms)
+
+
+def _leave(
+    options: Sequence[_Option], entered: dict[int, list[tuple[float, int, int | None]]], i: int, border: int
+) -> float | None:
+    """Least time at which option i has finished the blocks below `border`; None when it cannot be reached before it."""
+    times = [time + (border - at) * options[i].ms_per_block for time, at, _ in entered[i] if at < border]
+    return min(times, default=None)
+
+
+def _walk_back(
+    options: Sequence[_Option], entered: dict[int, list[tuple[float, int, int | None]]], last: int, end: int
+) -> tuple[Hop, ...]:
+    hops: list[Hop] = []
+    i: int | None = last
+    border = end
+    while i is not None:
+        option = options[i]
+        ways = [(time - at * option.ms_per_block, at, before) for time, at, before in entered[i] if at < border]
+        _, at, before = min(ways, key=lambda way: way[0])
+        hops.append(Hop(option.record.node, tuple(option.record.addresses), BlockRange(at, border)))
+        i, border = before, at
+    hops.reverse()
+    return tuple(_without_returns(hops))
+
+
+def _without_returns(hops: list[Hop]) -> list[Hop]:
+    """A server that a chain leaves and comes back to (for the sake of a much faster one in between) keeps the session
+    all the way: a session lives once on a server."""
+    for i, hop in enumerate(hops):
+        for j in range(len(hops) - 1, i, -1):
+            if hops[j].node == hop.node:
+                stay = Hop(hop.node, hop.addresses, BlockRange(hop.blocks.start, hops[j].blocks.end))
+                return _without_returns([*hops[:i], stay, *hops[j + 1 :]])
+    return hops
