@@ -62,6 +62,12 @@ class ProtocolError(ShoalError):
     code = "protocol_error"
 
 
+class NotFinite(ShoalError):
+    """Activations hold NaN, infinite or absurdly large values. The step is lost, the connection is fine."""
+
+    code = "not_finite"
+
+
 class PeerLost(ShoalError):
     """A connection to a peer ended: reset, closed, or silent for longer than the heartbeat allows."""
 
@@ -80,5 +86,13 @@ class SwarmIncomplete(ShoalError):
     """Some blocks of the model are hosted by no live server, so no chain can be built."""
 
     code = "swarm_incomplete"
+    exit_code = 3
+    http_status = 503
+
+
+class NotEnoughRoom(ShoalError):
+    """The machines are too few or too small for the model; the message says by how much."""
+
+    code = "not_enough_room"
     exit_code = 3
     http_status = 503

@@ -96,6 +96,10 @@ class Open(_Message, frozen=True, tag=10):
     max_tokens: Position
     wire: WireType
     next: Hop | None
+    forward_from: Position = 0
+    """Outputs below this position are not sent on: the next stage has them already (a replay rebuilds this cache)."""
+    journal_from: Position = 0
+    """Likewise for the copies to the driver's journal."""
 
 
 class Opened(_Message, frozen=True, tag=11):
@@ -104,7 +108,8 @@ class Opened(_Message, frozen=True, tag=11):
 
 
 class Denied(_Message, frozen=True, tag=12):
-    """Answer to Open or Relink. code: full, unknown_model, blocks_not_hosted, draining, stale_epoch, unknown_session."""
+    """Answer to Open or Relink. code: full, unknown_model, blocks_not_hosted, draining, stale_epoch,
+    unknown_session."""
 
     session: SessionBytes
     epoch: Count
@@ -118,11 +123,8 @@ class StepItem(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
     before it in the body. Items of a session are processed in the order of position; a duplicate is harmless."""
 
     session: SessionBytes
-    epoch: Count
     position: Position
     rows: Annotated[int, Meta(ge=1, le=MAX_ROWS)]
-    forward_from: Position = 0
-    """Outputs for positions below this are needed by nobody (a replay rebuilds the cache only)."""
 
 
 class Step(_Message, frozen=True, tag=13):
