@@ -1,0 +1,582 @@
+"""The driver's side of one session: open a chain, feed it, keep the journal, and rebuild what dies.
+
+Pure: messages and losses come in with `now`, actions go out. The journal holds the inputs of every stage, so any stage
+can be rebuilt on another server by replaying them; the stages that lived keep their caches.
+
+    planning --plan found--> opening --all answered--> live --close--> ended
+       ^                        |                        |
+       +------ lost / denied ---+------------------------+      (no plan for patience_s, or too many tries: ended)
+
+How a lost stage comes back (docs/concepts/lost-server.md tells it as a story):
+ 1. the lost stage and its neighbours that were not yet rebuilt form a run; other servers are planned for its blocks;
+ 2. they get Open, the surviving stage before them gets Relink and answers from which position on it pushes to them;
+ 3. everything below that position is replayed from the journal; what the next stage has already is not sent on;
+ 4. steps that arrive twice are dropped by position, so nobody needs to know exactly how far the dead server came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from shoal.errors import Full, ShoalError, SwarmIncomplete
+from shoal.spec.ids import BlockRange
+from shoal.swarm.routing import Hop
+from shoal.wire import messages as msg
+
+Payload = Any
+"""Rows of activations; anything that can be sliced by rows. Opaque here."""
+
+Plan = Callable[[BlockRange, frozenset[str], int, float], Sequence[Hop] | None]
+"""plan(blocks, avoid, need_tokens, now) -> hops that cover the blocks in order, or None."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionConfig:
+    patience_s: float = 10.0
+    """How long to wait for servers to appear before the session fails with swarm_incomplete."""
+    open_timeout_s: float = 5.0
+    """A server that does not answer Open or Relink within this time is left alone."""
+    progress_timeout_s: float = 120.0
+    """A live server that owes an output for longer than this is replaced. Generous: pings tell dead from busy."""
+    avoid_s: float = 5.0
+    """How long this session keeps away from a server that failed it."""
+    replay_rows: int = 512
+    """Journal rows joined into one replay step."""
+    window_chunks: int = 3
+    """Prompt chunks under way in the first stage beyond one for every stage."""
+    max_replans: int = 24
+    """Plans tried without any progress in between before giving up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tell:
+    node: str
+    addresses: tuple[str, ...]
+    message: msg.Message
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """Send one step to `node`; `parts` are consecutive payloads to be joined by rows."""
+
+    node: str
+    item: msg.StepItem
+    parts: tuple[Payload, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver:
+    """Output of the last block for positions position..position+rows, each delivered exactly once and in order."""
+
+    position: int
+    rows: int
+    payload: Payload
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    error: ShoalError
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """The first output after a loss has arrived."""
+
+    cause: str
+    blocks: tuple[str, ...]
+    gone: tuple[str, ...]
+    stall_s: float
+    """From the last output before the loss was noticed (or from the step then under way) to this output."""
+    replayed_rows: int
+
+
+Action = Tell | Feed | Deliver | Failed | Recovered
+
+
+class Log:
+    """Consecutive rows by position, added in any overlap; keeps the chunks as they came."""
+
+    def __init__(self) -> None:
+        self.end = 0
+        self._chunks: list[tuple[int, int, Payload]] = []
+        self._early: dict[int, tuple[int, Payload]] = {}
+
+    def add(self, position: int, rows: int, payload: Payload) -> list[tuple[int, int, Payload]]:
+        """Add rows; returns the chunks that became part of the gapless beginning, trimmed to what is new."""
+        if position > self.end:
+            known = self._early.get(position)
+            if known is None or known[0] < rows:
+                self._early[position] = (rows, payload)
+            return []
+        added: list[tuple[int, int, Payload]] = []
+        self._append(position, rows, payload, added)
+        while self._early:
+            at = min(self._early)
+            if at > self.end:
+                break
+            more, body = self._early.pop(at)
+            self._append(at, more, body, added)
+        return added
+
+    def _append(self, position: int, rows: int, payload: Payload, added: list[tuple[int, int, Payload]]) -> None:
+        skip = self.end - position
+        if skip >= rows:
+            return
+        chunk = (self.end, rows - skip, payload[skip:] if skip else payload)
+        self._chunks.append(chunk)
+        added.append(chunk)
+        self.end += rows - skip
+
+    def since(self, position: int) -> list[tuple[int, int, Payload]]:
+        """Chunks from `position` to the end, the first one trimmed."""
+        found: list[tuple[int, int, Payload]] = []
+        for at, rows, payload in reversed(self._chunks):
+            if at + rows <= position:
+                break
+            skip = max(0, position - at)
+            found.append((at + skip, rows - skip, payload[skip:] if skip else payload))
+        found.reverse()
+        return found
+
+
+@dataclass(slots=True)
+class _Stage:
+    hop: Hop
+    epoch: int
+    answered: bool = False
+    """Opened (and relinked, where asked) for the current plan."""
+    synced: bool = False
+    """Its cache follows the journal: it was replayed, or it lived all along."""
+    alive: bool = True
+    relinking: bool = False
+    sent_end: int = 0
+    """For stages that we feed: rows sent so far."""
+    relay_until: int = 0
+    """Positions below this reach the stage from our journal; those above are pushed by the stage before it."""
+
+    @property
+    def node(self) -> str:
+        return self.hop.node
+
+
+@dataclass(slots=True)
+class SessionCounters:
+    replans: int = 0
+    recoveries: int = 0
+    replayed_rows: int = 0
+
+
+@dataclass(slots=True)
+class _Loss:
+    cause: str
+    since: float
+    blocks: list[str] = field(default_factory=list)
+    gone: list[str] = field(default_factory=list)
+    replayed_rows: int = 0
+
+
+class Session:
+    """One session over a chain of servers.
+
+    Call `start` once, then `feed` for every chunk of inputs, and hand in what happens. Every method returns the actions
+    to carry out, in order. `wake_at` says when `on_timer` wants to be called next (None: not at all).
+    """
+
+    def __init__(
+        self,
+        id: bytes,
+        *,
+        model: str,
+        num_blocks: int,
+        max_tokens: int,
+        wire: msg.WireType,
+        plan: Plan,
+        config: SessionConfig | None = None,
+    ) -> None:
+        self.id = id
+        self.counters = SessionCounters()
+        self.ended = False
+        self._model = model
+        self._blocks = BlockRange(0, num_blocks)
+        self._max_tokens = max_tokens
+        self._wire: msg.WireType = wire
+        self._plan = plan
+        self._config = config or SessionConfig()
+        self._stages: list[_Stage] = []
+        self._epoch = 0
+        self._logs: dict[int, Log] = {0: Log()}
+        """Inputs by the index of the block that takes them; num_blocks: the outputs of the last block."""
+        self._logs[num_blocks] = Log()
+        self._avoid: dict[str, float] = {}
+        self._avoid_if_possible: dict[str, float] = {}
+        """Reachable from here but not from its neighbour: taken again when there is no other."""
+        self._was_live = False
+        self._planning_since: float | None = None
+        self._asked_at: float | None = None
+        self._progress_at = 0.0
+        self._replans_since_progress = 0
+        self._loss: _Loss | None = None
+        self._full_retry_s: float | None = None
+
+    # --- the caller's side -----------------------------------------------------------------------------------
+
+    def start(self, now: float) -> list[Action]:
+        self._progress_at = now
+        return self._replan(now)
+
+    def feed(self, rows: int, payload: Payload, now: float) -> list[Action]:
+        """Append `rows` inputs of block 0."""
+        if self.ended:
+            return []
+        log = self._logs[0]
+        if log.end + rows > self._max_tokens:
+            raise ValueError(f"{log.end + rows} rows exceed the {self._max_tokens} this session reserved")
+        if log.end == self._done:
+            self._progress_at = now  # nothing was owed until this step: the clock of the chain starts here
+        log.add(log.end, rows, payload)
+        return self._feed_first()
+
+    def close(self) -> list[Action]:
+        """Finished or cancelled: free the caches everywhere."""
+        self.ended = True
+        return [
+            Tell(stage.node, stage.hop.addresses, msg.Close([self.id])) for stage in self._stages if stage.alive
+        ]
+
+    @property
+    def chain(self) -> tuple[Hop, ...]:
+        return tuple(stage.hop for stage in self._stages)
+
+    @property
+    def live(self) -> bool:
+        """Every stage answered: steps flow."""
+        return bool(self._stages) and all(stage.alive and stage.answered for stage in self._stages)
+
+    # --- what happens ----------------------------------------------------------------------------------------
+
+    def on_message(self, node: str, message: msg.Message, now: float) -> list[Action]:
+        """Opened, Relinked, Denied or Gone from a server of the chain; anything late is ignored."""
+        if self.ended:
+            return []
+        stage = self._find(node)
+        if stage is None:
+            return []
+        if isinstance(message, msg.Opened) and message.epoch == stage.epoch:
+            stage.answered = not stage.relinking
+            return self._maybe_live()
+        if isinstance(message, msg.Relinked) and message.epoch == self._epoch and stage.relinking:
+            stage.relinking = False
+            stage.answered = True
+            at = self._stages.index(stage)
+            if at + 1 < len(self._stages):
+                self._stages[at + 1].relay_until = message.position
+            return self._maybe_live()
+        if isinstance(message, msg.Denied) and message.epoch == self._epoch:
+            if message.code == "full":
+                self._full_retry_s = message.retry_after_s
+            return self._lose([stage], message.code, now, reachable=True)
+        if isinstance(message, msg.Gone):
+            if message.code == "next_lost":
+                at = self._stages.index(stage)
+                after = self._stages[at + 1 : at + 2]
+                return self._lose(after, "link", now, reachable=True)
+            return self._lose([stage], message.code, now, reachable=True)
+        return []
+
+    def on_journal(self, block: int, item: msg.StepItem, payload: Payload, now: float) -> list[Action]:
+        """A copy of the inputs of `block` that a server pushed on."""
+        log = self._logs.get(block)
+        if self.ended or log is None or block in (self._blocks.start, self._blocks.end):
+            return []
+        added = log.add(item.position, item.rows, payload)
+        if not added:
+            return []
+        self._progress_at = now
+        actions: list[Action] = []
+        for stage in self._stages[1:]:
+            if stage.hop.blocks.start == block and self.live:
+                actions += self._relay(stage)
+        return actions + self._feed_first()
+
+    def on_result(self, item: msg.StepItem, payload: Payload, now: float) -> list[Action]:
+        """Outputs of the last block."""
+        if self.ended:
+            return []
+        actions: list[Action] = []
+        for position, rows, fresh in self._logs[self._blocks.end].add(item.position, item.rows, payload):
+            actions.append(Deliver(position, rows, fresh))
+        if not actions:
+            return []
+        self._replans_since_progress = 0
+        if self._loss is not None and self.live:
+            loss, self._loss = self._loss, None
+            self.counters.recoveries += 1
+            actions.append(
+                Recovered(loss.cause, tuple(loss.blocks), tuple(loss.gone), now - loss.since, loss.replayed_rows)
+            )
+        self._progress_at = now
+        return actions + self._feed_first()
+
+    def on_peer_lost(self, node: str, cause: str, now: float) -> list[Action]:
+        """Our connection to a server ended (killed, frozen, cut)."""
+        stage = self._find(node)
+        if self.ended or stage is None or not stage.alive:
+            return []
+        return self._lose([stage], cause, now, reachable=False)
+
+    def on_view_changed(self, now: float) -> list[Action]:
+        """The registry changed: a waiting session may find its chain now."""
+        if self.ended or self._planning_since is None:
+            return []
+        return self._replan(now)
+
+    @property
+    def wake_at(self) -> float | None:
+        if self.ended:
+            return None
+        if self._planning_since is not None:
+            return min([self._planning_since + self._config.patience_s, *self._avoid.values()])
+        if self._asked_at is not None:
+            return self._asked_at + self._config.open_timeout_s
+        if self._done < self._logs[0].end:
+            return self._progress_at + self._config.progress_timeout_s
+        return None
+
+    def on_timer(self, now: float) -> list[Action]:
+        wake = self.wake_at
+        if wake is None or now < wake:
+            return []
+        if self._planning_since is not None:
+            return self._replan(now)
+        if self._asked_at is not None:
+            silent = [stage for stage in self._stages if not stage.answered]
+            return self._lose(silent, "no answer", now, reachable=True)
+        return self._lose([self._stuck()], "no progress", now, reachable=True)
+
+    # --- losing and planning ---------------------------------------------------------------------------------
+
+    @property
+    def _done(self) -> int:
+        return self._logs[self._blocks.end].end
+
+    def _find(self, node: str) -> _Stage | None:
+        return next((stage for stage in self._stages if stage.node == node), None)
+
+    def _stuck(self) -> _Stage:
+        """The first stage that owes an output."""
+        for stage in self._stages:
+            if self._logs[stage.hop.blocks.end].end < self._logs[stage.hop.blocks.start].end:
+                return stage
+        return self._stages[-1]
+
+    def _lose(self, stages: Sequence[_Stage], cause: str, now: float, *, reachable: bool) -> list[Action]:
+        actions: list[Action] = []
+        for stage in stages:
+            if not stage.alive:
+                continue
+            stage.alive = False
+            avoid = self._avoid_if_possible if cause == "link" else self._avoid
+            avoid[stage.node] = now + self._config.avoid_s
+            if self._done > 0 or stage.synced:
+                if self._loss is None:
+                    self._loss = _Loss(cause, self._progress_at if self._done < self._logs[0].end else now)
+                self._loss.blocks.append(str(stage.hop.blocks))
+                self._loss.gone.append(stage.node)
+            if reachable:
+                actions.append(Tell(stage.node, stage.hop.addresses, msg.Close([self.id])))
+        return actions + self._replan(now)
+
+    def _replan(self, now: float) -> list[Action]:
+        if self._stages and all(stage.alive for stage in self._stages):
+            return []
+        config = self._config
+        self._avoid = {node: until for node, until in self._avoid.items() if until > now}
+        self._avoid_if_possible = {node: until for node, until in self._avoid_if_possible.items() if until > now}
+        planned = self._plan_runs(now) or self._plan_whole(now)
+        if planned is None:
+            self._asked_at = None
+            if self._planning_since is None:
+                self._planning_since = now
+            # Being full is an answer, not an outage: a session that has not begun is told at once.
+            full_at_start = self._full_retry_s is not None and not self._was_live
+            if full_at_start or now >= self._planning_since + config.patience_s:
+                return self._fail()
+            return []
+        self._planning_since = None
+        self.counters.replans += 1
+        self._replans_since_progress += 1
+        if self._replans_since_progress > config.max_replans:
+            return self._fail()
+        return self._open(planned, now)
+
+    def _fail(self) -> list[Action]:
+        error: ShoalError
+        if self._full_retry_s is not None:
+            error = Full(
+                "Every server that could take this session is full.",
+                hint="Try again in a moment, or add servers (shoal up --replicas).",
+                retry_after_s=self._full_retry_s,
+            )
+        else:
+            error = SwarmIncomplete(
+                f"No live servers cover all blocks of {self._model}"
+                f" (waited {self._config.patience_s:.0f} s, {self.counters.replans} plans tried).",
+                hint="See which blocks are missing with: shoal status --explain",
+                retry_after_s=self._config.patience_s,
+            )
+        return [*self.close(), Failed(error)]
+
+    def _plan_runs(self, now: float) -> list[_Stage] | None:
+        """Keep the stages that are synced, plan others for the runs between them. None when some run has no plan."""
+        kept = [stage for stage in self._stages if stage.alive and stage.synced]
+        if not kept:
+            return None
+        busy = frozenset(stage.node for stage in kept)
+        result: list[_Stage] = []
+        at = self._blocks.start
+        for stage in [*kept, None]:
+            until = stage.hop.blocks.start if stage is not None else self._blocks.end
+            if at < until:
+                hops = self._find_hops(BlockRange(at, until), busy, now)
+                if hops is None:
+                    return None
+                busy |= {hop.node for hop in hops}
+                result += [_Stage(hop, self._epoch + 1) for hop in hops]
+            if stage is not None:
+                result.append(stage)
+                at = stage.hop.blocks.end
+        return result
+
+    def _plan_whole(self, now: float) -> list[_Stage] | None:
+        hops = self._find_hops(self._blocks, frozenset(), now)
+        return None if hops is None else [_Stage(hop, self._epoch + 1) for hop in hops]
+
+    def _find_hops(self, blocks: BlockRange, busy: frozenset[str], now: float) -> Sequence[Hop] | None:
+        avoid = busy | frozenset(self._avoid)
+        hops = self._plan(blocks, avoid | frozenset(self._avoid_if_possible), self._max_tokens, now)
+        if hops is None and self._avoid_if_possible:
+            hops = self._plan(blocks, avoid, self._max_tokens, now)
+        return hops
+
+    def _open(self, stages: list[_Stage], now: float) -> list[Action]:
+        """Ask the new servers to open, the survivors before them to relink, and forget servers not used any more."""
+        self._epoch += 1
+        used = {stage.node for stage in stages}
+        actions: list[Action] = [
+            Tell(stage.node, stage.hop.addresses, msg.Close([self.id]))
+            for stage in self._stages
+            if stage.alive and stage.node not in used
+        ]
+        self._stages = stages
+        self._asked_at = now
+        for at, stage in enumerate(stages):
+            after = stages[at + 1] if at + 1 < len(stages) else None
+            start, end = stage.hop.blocks.start, stage.hop.blocks.end
+            self._logs.setdefault(start, Log())
+            log_after = self._logs.setdefault(end, Log())
+            following = msg.Hop(after.node, list(after.hop.addresses)) if after is not None else None
+            if stage.epoch == self._epoch:
+                actions.append(
+                    Tell(
+                        stage.node,
+                        stage.hop.addresses,
+                        msg.Open(
+                            session=self.id,
+                            epoch=self._epoch,
+                            model=self._model,
+                            start=start,
+                            end=end,
+                            stages=len(stages),
+                            max_tokens=self._max_tokens,
+                            wire=self._wire,
+                            next=following,
+                            forward_from=self._processed_by(after),
+                            journal_from=log_after.end,
+                        ),
+                    )
+                )
+            else:
+                stage.answered = after is None or after.epoch != self._epoch
+                if not stage.answered:
+                    stage.relinking = True
+                    actions.append(
+                        Tell(stage.node, stage.hop.addresses, msg.Relink(self.id, self._epoch, following))
+                    )
+        # A boundary that no stage of the new chain begins or ends at will never grow again.
+        borders = {border for stage in stages for border in (stage.hop.blocks.start, stage.hop.blocks.end)}
+        for block in [block for block in self._logs if block not in borders]:
+            del self._logs[block]
+        return actions + self._maybe_live()
+
+    def _processed_by(self, after: _Stage | None) -> int:
+        """Positions that the next stage has certainly computed; None is ourselves, taking results."""
+        if after is None:
+            return self._done
+        return 0 if after.epoch == self._epoch else self._logs[after.hop.blocks.end].end
+
+    # --- feeding ---------------------------------------------------------------------------------------------
+
+    def _maybe_live(self) -> list[Action]:
+        if not self.live or self._asked_at is None:
+            return []
+        self._asked_at = None
+        self._full_retry_s = None
+        self._was_live = True
+        actions: list[Action] = []
+        for at, stage in enumerate(self._stages):
+            if stage.synced:
+                continue
+            stage.synced = True
+            # When the stage before is new as well, its outputs arrive by push and nothing is replayed here.
+            if at > 0 and stage.relay_until:
+                actions += self._relay(stage)
+        return actions + self._feed_first()
+
+    def _relay(self, stage: _Stage) -> list[Action]:
+        """Replay the journal into a stage whose predecessor pushes only from relay_until on."""
+        actions: list[Action] = []
+        log = self._logs[stage.hop.blocks.start]
+        if stage.sent_end < min(log.end, stage.relay_until):
+            replay = [chunk for chunk in log.since(stage.sent_end) if chunk[0] < stage.relay_until]
+            actions += self._steps(stage, replay, join=True)
+        return actions
+
+    def _feed_first(self) -> list[Action]:
+        """Send the first stage what it has not got, a window of chunks ahead of what it has computed."""
+        if not self.live:
+            return []
+        first = self._stages[0]
+        log = self._logs[0]
+        if first.sent_end >= log.end:
+            return []
+        computed = self._logs[first.hop.blocks.end].end
+        seen_end = max(computed, self._done)
+        if first.sent_end < seen_end:
+            # A replay: everything that was computed before goes at once, in large steps.
+            seen = [chunk for chunk in log.since(first.sent_end) if chunk[0] < seen_end]
+            return self._steps(first, seen, join=True) + self._feed_first()
+        waiting = log.since(first.sent_end)
+        under_way = len(log.since(computed)) - len(waiting)
+        room = self._config.window_chunks + len(self._stages) - under_way
+        return self._steps(first, waiting[: max(0, room)], join=False)
+
+    def _steps(self, stage: _Stage, chunks: Sequence[tuple[int, int, Payload]], *, join: bool) -> list[Action]:
+        actions: list[Action] = []
+        at = 0
+        while at < len(chunks):
+            position, rows, payload = chunks[at]
+            parts = [payload]
+            at += 1
+            while join and at < len(chunks) and rows + chunks[at][1] <= self._config.replay_rows:
+                rows += chunks[at][1]
+                parts.append(chunks[at][2])
+                at += 1
+            stage.sent_end = position + rows
+            if join:
+                self.counters.replayed_rows += rows
+                if self._loss is not None:
+                    self._loss.replayed_rows += rows
+            actions.append(Feed(stage.node, msg.StepItem(self.id, position, rows), tuple(parts)))
+        return actions
