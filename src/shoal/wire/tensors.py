@@ -3,8 +3,9 @@
 numpy has no bfloat16, so bfloat16 arrays are uint16 arrays of the same bits (torch: `tensor.view(torch.uint16)`).
 
 The int8 format cuts every row into blocks of 64 values (the last may be shorter); each block has one float32 scale,
-max|x| / 127, and its values are rint(x / scale). Body: scales [rows, blocks] float32, then values [rows, width] int8.
-The largest error of a value is half a scale, i.e. 0.4 % of the largest value in its block.
+max|x| / 127, and its values are rint(x / scale). A row is its scales [blocks] float32, then its values [width] int8:
+in every format a row is one run of bytes, so rows of many sessions are cut apart and joined without being decoded
+(wire/rows.py). The largest error of a value is half a scale, i.e. 0.4 % of the largest value in its block.
 
 Values that are not finite, or beyond MAX_ABS, are refused on both sides (NotFinite): no format here could carry them
 on without harm, and the step that made them is already wrong.
@@ -34,10 +35,14 @@ Body: TypeAlias = bytes | bytearray | memoryview
 
 def body_bytes(tensor: Tensor) -> int:
     """Exact size of the body that `tensor` describes."""
-    values = tensor.rows * tensor.width
-    if tensor.dtype == "int8":
-        return values + 4 * tensor.rows * _blocks(tensor.width)
-    return values * (4 if tensor.dtype == "f32" else 2)
+    return tensor.rows * row_bytes(tensor.dtype, tensor.width)
+
+
+def row_bytes(dtype: WireType, width: int) -> int:
+    """Bytes of one row of `width` values."""
+    if dtype == "int8":
+        return width + 4 * _blocks(width)
+    return width * (4 if dtype == "f32" else 2)
 
 
 def encode(array: F32 | U16, dtype: WireType) -> tuple[Tensor, list[memoryview]]:
@@ -59,7 +64,7 @@ def encode(array: F32 | U16, dtype: WireType) -> tuple[Tensor, list[memoryview]]
         return tensor, _buffers(values)
     if dtype == "bf16":
         return tensor, _buffers(bf16_from_f32(values))
-    return tensor, _buffers(*_quantize(values))
+    return tensor, _buffers(_quantize(values))
 
 
 def decode(tensor: Tensor, body: Body) -> F32:
@@ -112,7 +117,8 @@ def _blocks(width: int) -> int:
     return -(-width // BLOCK)
 
 
-def _quantize(values: F32) -> tuple[F32, npt.NDArray[np.int8]]:
+def _quantize(values: F32) -> npt.NDArray[np.uint8]:
+    """[rows, width] float32 -> [rows, row_bytes]."""
     rows, width = values.shape
     blocks = _as_blocks(values)
     scales: F32 = np.abs(blocks).max(axis=2)
@@ -122,15 +128,19 @@ def _quantize(values: F32) -> tuple[F32, npt.NDArray[np.int8]]:
     scaled = blocks * inverse[:, :, None]
     np.rint(scaled, out=scaled)
     quantized = scaled.astype(np.int8).reshape(rows, -1)
-    return scales, np.ascontiguousarray(quantized[:, :width])
+    packed = np.empty((rows, row_bytes("int8", width)), np.uint8)
+    packed[:, : 4 * scales.shape[1]] = scales.astype("<f4").view(np.uint8)
+    packed[:, 4 * scales.shape[1] :] = quantized[:, :width].view(np.uint8)
+    return packed
 
 
 def _dequantize(tensor: Tensor, body: Body) -> F32:
     rows, width, blocks = tensor.rows, tensor.width, _blocks(tensor.width)
-    scales = np.frombuffer(body, "<f4", count=rows * blocks).reshape(rows, blocks, 1)
+    packed = np.frombuffer(body, np.uint8).reshape(rows, row_bytes("int8", width))
+    scales = np.ascontiguousarray(packed[:, : 4 * blocks]).view("<f4").reshape(rows, blocks, 1)
     if not np.all((scales >= 0) & (scales <= _MAX_SCALE)):
         raise NotFinite("The peer sent int8 activations with a scale that is negative, too large or not a number.")
-    quantized = np.frombuffer(body, np.int8, offset=4 * rows * blocks).reshape(rows, width)
+    quantized = packed[:, 4 * blocks :].view(np.int8)
     values = _as_blocks(quantized.astype(np.float32))
     values *= scales
     return np.ascontiguousarray(values.reshape(rows, -1)[:, :width])
