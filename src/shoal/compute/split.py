@@ -366,7 +366,7 @@ def build_stage(
     check_splittable(config)
     check_range(config, blocks)
     checkpoint = Checkpoint(model_dir)
-    model = _meta_model(config, dtype)
+    model = build_skeleton(config, dtype)
     anatomy = examine(model)
 
     def keep(name: str) -> bool:
@@ -385,7 +385,7 @@ def build_ends(
     config = read_config(model_dir)
     check_splittable(config)
     checkpoint = Checkpoint(model_dir)
-    model = _meta_model(config, dtype)
+    model = build_skeleton(config, dtype)
     anatomy = examine(model)
 
     def keep(name: str) -> bool:
@@ -400,7 +400,7 @@ def build_ends(
     return ends
 
 
-def _meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The whole model without weights: shapes only. Raises ModelError when the family has no causal language model."""
     try:
         cls = AutoModelForCausalLM._model_mapping[type(config)]

@@ -1,0 +1,76 @@
+"""What placement, routing and the gateway must know about a model before any of its weights is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from shoal.compute.anatomy import depth, examine, text_config
+from shoal.compute.split import build_skeleton, cut_points
+from shoal.compute.weights import read_config
+
+_CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+_DEFAULT_CONTEXT = 2048
+"""For families that set no limit of their own (ALiBi, recurrent ones)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """Facts read from a model directory's configuration and the headers of its weight files.
+
+    `name` is the directory's name with a fingerprint: two servers mean the same model only if both agree.
+    `block_params` counts the parameters of each block; `kv_params_per_token` is the size of one block's cache for one
+    token, in numbers.
+    """
+
+    name: str
+    num_blocks: int
+    hidden_size: int
+    context_length: int
+    block_params: tuple[int, ...]
+    kv_params_per_token: int
+    legal_cuts: tuple[int, ...]
+
+
+def describe(model_dir: str | Path) -> ModelFacts:
+    """Read the facts. Raises ModelError or CannotSplit for a directory that cannot be served."""
+    model_dir = Path(model_dir)
+    config = read_config(model_dir)
+    text = text_config(config)
+    cuts = cut_points(config)
+    anatomy = examine(build_skeleton(config, torch.float32))
+    block_params = tuple(sum(p.numel() for p in layer.parameters()) for layer in anatomy.layers)
+    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 1)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // max(1, getattr(text, "num_attention_heads", 1))
+    context = next((value for field in _CONTEXT_FIELDS if isinstance(value := getattr(text, field, None), int)), None)
+    return ModelFacts(
+        name=f"{model_dir.resolve().name.lower()[:200]}@{fingerprint(model_dir)}",
+        num_blocks=depth(config),
+        hidden_size=text.hidden_size,
+        context_length=context or _DEFAULT_CONTEXT,
+        block_params=block_params,
+        kv_params_per_token=2 * heads * head_dim,
+        legal_cuts=tuple(cuts),
+    )
+
+
+def fingerprint(model_dir: Path) -> str:
+    """12 hex digits over the configuration and every weight file's header and size.
+
+    Tells other models and other precisions apart without reading gigabytes; it is no proof against a forger, who is
+    kept out by certificates.
+    """
+    digest = hashlib.sha256()
+    config = json.loads((model_dir / "config.json").read_text())
+    config.pop("transformers_version", None)
+    digest.update(json.dumps(config, sort_keys=True).encode())
+    for file in sorted(model_dir.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            digest.update(stream.read(min(size, 64 * 1024 * 1024)))
+        digest.update(str(file.stat().st_size).encode())
+    return digest.hexdigest()[:12]
