@@ -15,7 +15,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 .PHONY: help up test check bench lint types format clean
 
 help: ## list these recipes
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1#\2/p' $(MAKEFILE_LIST) | column -t -s '#'
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1 \2/p' $(MAKEFILE_LIST) | while read -r name what; do \
+	  printf '  make %-8s %s\n' "$$name" "$$what"; done
 
 up: $(INSTALLED) ## install on first use, then run a private swarm on this machine until Ctrl-C
 	@exec $(BIN)/shoal up
@@ -30,7 +31,7 @@ bench: $(INSTALLED) ## the figures of `shoal bench swarm`
 	@$(BIN)/shoal bench swarm
 
 lint: $(INSTALLED) ## lint and format check
-	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff check --quiet --output-format concise .
 	@$(BIN)/ruff format --check --quiet . || { echo "Some files are not formatted: run 'make format'." >&2; exit 1; }
 
 types: $(INSTALLED) ## type check; strict in the pure folders
