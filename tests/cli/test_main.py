@@ -193,6 +193,23 @@ def test_no_command_at_all_shows_the_help(capsys: pytest.CaptureFixture[str]) ->
     assert "Usage: shoal" in capsys.readouterr().err
 
 
+def test_a_command_that_is_a_process_of_its_own_cannot_unpickle() -> None:
+    script = (
+        "import pickle\n"
+        "from shoal.cli.lazy import Entry, LazyGroup\n"
+        "from shoal.cli.main import run\n"
+        "group = LazyGroup(name='g', table={'child': Entry('shoal.cli.bench:bench', '', process=True)})\n"
+        "pickle.loads(pickle.dumps(OSError()))\n"
+        "assert run(['child', '--help'], group) == 0\n"
+        "pickle.loads(pickle.dumps(OSError()))\n"
+    )
+
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+
+    assert ended.returncode == 1
+    assert "Refused: Something tried to unpickle builtins.OSError" in ended.stderr
+
+
 def test_a_reader_that_leaves_early_ends_the_command_quietly() -> None:
     script = "from shoal.cli import output\nfor _ in range(100_000):\n    output.answer('x' * 100)\n"
 
