@@ -1,0 +1,220 @@
+"""Chat messages to prompt text, by the template that comes with the model.
+
+A template is a program from a model directory, so it runs in jinja2's immutable sandbox, with a deadline that every
+loop turn and every call checks, bounds on what one expression may build, and a bound on the whole text. Work that has
+no bound of its own in jinja2 (padding methods, huge repetition) is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from datetime import datetime
+from functools import cached_property
+from typing import Any
+
+from jinja2 import Template, TemplateError, nodes
+from jinja2.exceptions import TemplateSyntaxError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from shoal.gateway.errors import RequestError
+from shoal.gateway.openai import Message
+from shoal.gateway.served import Tokenizer
+
+RENDER_TIMEOUT_S = 2.0
+MAX_TEMPLATE_CHARS = 256 * 1024
+MAX_TEXT_CHARS = 8 * 1024 * 1024
+MAX_POWER = 64
+
+_PADDING_METHODS = frozenset({"center", "expandtabs", "ljust", "rjust", "zfill"})
+_WIDE_FORMAT = re.compile(r"\d{4}")
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+_deadline: ContextVar[float] = ContextVar("deadline")
+
+
+class ChatTemplate:
+    """The chat template of one model. `render` may run in any thread."""
+
+    def __init__(self, tokenizer: Tokenizer, model: str, *, timeout_s: float = RENDER_TIMEOUT_S) -> None:
+        source = getattr(tokenizer, "chat_template", None)
+        # Some tokenizers carry several named templates; "default" is the one for plain chat.
+        self._source: str | None = source.get("default") if isinstance(source, Mapping) else source
+        self._model = model
+        self._timeout_s = timeout_s
+        self._tokens = {name: str(getattr(tokenizer, name, None) or "") for name in _SPECIAL_TOKENS}
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The prompt text, up to where the answer begins. Raises RequestError (400), also for a broken template."""
+        if self._source is None:
+            raise RequestError(
+                f"The model {self._model} has no chat template, so it cannot take messages.",
+                param="model",
+                code="chat_template_missing",
+                hint="Send the text to /v1/completions instead.",
+            )
+        plain = [self._plain(message) for message in messages]
+        reset = _deadline.set(time.monotonic() + self._timeout_s)
+        try:
+            return _joined(self._template.generate(messages=plain, add_generation_prompt=True, **self._tokens))
+        except TemplateSyntaxError as error:
+            raise self._refuse(f"line {error.lineno}: {error.message}") from error
+        except TemplateError as error:
+            raise self._refuse(str(error.message)) from error
+        except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RecursionError, LookupError) as error:
+            # What an expression of a template can raise when messages have a shape it does not expect.
+            raise self._refuse(f"{type(error).__name__} while rendering") from error
+        finally:
+            _deadline.reset(reset)
+
+    @cached_property
+    def _template(self) -> Template:
+        source = self._source or ""
+        if len(source) > MAX_TEMPLATE_CHARS:
+            raise TemplateError(f"it is longer than {MAX_TEMPLATE_CHARS} characters")
+        return _ENVIRONMENT.from_string(source)
+
+    def _plain(self, message: Message) -> dict[str, Any]:
+        plain = message.plain()
+        # OpenAI renamed "system" to "developer"; models older than that know only the first name.
+        if plain["role"] == "developer" and "developer" not in (self._source or ""):
+            plain["role"] = "system"
+        return plain
+
+    def _refuse(self, reason: str) -> RequestError:
+        return RequestError(
+            f"The chat template of {self._model} does not take these messages: {reason}.",
+            param="messages",
+            code="chat_template_error",
+        )
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """jinja2's sandbox, and bounds on time and size."""
+
+    intercepted_binops = frozenset({"*", "**", "%", "+"})
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        """Put a clock into every loop and a size check on every value that a template keeps."""
+        template = Parser(self, source, name, filename).parse()
+        for loop in list(template.find_all(nodes.For)):
+            loop.iter = nodes.Filter(loop.iter, "_each", [], [], None, None, lineno=loop.lineno)
+        for kept in list(template.find_all(nodes.Assign)):
+            kept.node = nodes.Filter(kept.node, "_kept", [], [], None, None, lineno=kept.lineno)
+        template.set_environment(self)
+        return template
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        # The odd names are jinja2's: keyword arguments of a template's own call must not collide with ours.
+        _check_clock()
+        for value in (*args, *kwargs.values()):
+            _bounded(value)
+        return super().call(__context, __obj, *args, **kwargs)
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "**" and isinstance(right, int | float) and abs(right) > MAX_POWER:
+            raise TemplateError(f"a power above {MAX_POWER}")
+        if operator == "*":
+            size = max(_length(left) * right if isinstance(right, int) else 0,
+                       _length(right) * left if isinstance(left, int) else 0)  # fmt: skip
+            if size > MAX_TEXT_CHARS:
+                raise TemplateError("a repetition that is too long")
+        if operator == "%" and isinstance(left, str):
+            _narrow(left)
+        return _bounded(super().call_binop(context, operator, left, right))
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        if isinstance(obj, str) and attr in _PADDING_METHODS:
+            return False
+        return super().is_safe_attribute(obj, attr, value)
+
+    def wrap_str_format(self, value: Any) -> Any:
+        wrapped = super().wrap_str_format(value)
+        if wrapped is not None:
+            _narrow(value.__self__)
+        return wrapped
+
+
+class _Generation(Extension):
+    """`{% generation %}`, with which training marks the answer's tokens; here it is only its body."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _environment() -> _Sandbox:
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], cache_size=64)
+    for unbounded in ("center", "format", "indent", "pprint", "urlize", "wordwrap", "xmlattr"):
+        del environment.filters[unbounded]
+    environment.filters.update(tojson=_tojson, _each=_each, _kept=_bounded)
+    environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
+    return environment
+
+
+def _check_clock() -> None:
+    if time.monotonic() > _deadline.get():
+        raise TemplateError("it runs too long")
+
+
+def _each(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        _check_clock()
+        yield value
+
+
+def _length(value: Any) -> int:
+    return len(value) if isinstance(value, str | list | tuple) else 0
+
+
+def _bounded(value: Any) -> Any:
+    if _length(value) > MAX_TEXT_CHARS:
+        raise TemplateError(f"it builds more than {MAX_TEXT_CHARS} characters")
+    return value
+
+
+def _narrow(pattern: str) -> None:
+    if _WIDE_FORMAT.search(pattern):
+        raise TemplateError("a format that pads to a thousand characters or more")
+
+
+def _joined(parts: Iterable[str]) -> str:
+    kept, size = [], 0
+    for part in parts:
+        _check_clock()
+        size += len(part)
+        if size > MAX_TEXT_CHARS:
+            raise TemplateError(f"it builds more than {MAX_TEXT_CHARS} characters")
+        kept.append(part)
+    return "".join(kept)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """As transformers defines it: jinja2's own filter escapes HTML, which would change the prompt."""
+    indent = None if indent is None else min(max(indent, 0), 8)
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(str(message))
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
+
+
+_ENVIRONMENT = _environment()

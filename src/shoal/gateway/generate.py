@@ -1,0 +1,298 @@
+"""POST /v1/chat/completions and /v1/completions: from the checked request to the last byte of the answer.
+
+Headers leave only after every choice has been admitted, so a refusal has its proper status. After that an error can
+only be said inside the stream: as an error object and without the final [DONE], because every client reads a stream
+that just ends as a complete answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from shoal.errors import ContextTooLong, ShoalError
+from shoal.gateway.accounts import Account
+from shoal.gateway.answers import ChatDialect, CompletionDialect, Dialect, usage
+from shoal.gateway.chat import ChatTemplate
+from shoal.gateway.choices import Choices, Order, Piece
+from shoal.gateway.errors import RequestError, error_body, shown_to_callers
+from shoal.gateway.limits import ClientGone, Gate, Limits, read_body
+from shoal.gateway.metrics import Metrics, RequestMeter
+from shoal.gateway.openai import ChatRequest, CompletionRequest, ignored_header, read
+from shoal.gateway.replies import dumps
+from shoal.gateway.served import Served
+from shoal.gateway.text import Vocabulary
+
+logger = logging.getLogger("shoal.gateway")
+
+_STREAM_HEADERS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    # nginx would collect the stream and hand it out in lumps.
+    "x-accel-buffering": "no",
+}
+_PING = b": ping\n\n"
+_DONE = b"data: [DONE]\n\n"
+
+
+class Interrupted(ShoalError):
+    """The gateway stops, or failed, while an answer was running."""
+
+    code = "interrupted"
+
+
+class OfferedModel:
+    """A served model with what the gateway derives from it once: its vocabulary and its chat template."""
+
+    def __init__(self, served: Served) -> None:
+        self.served = served
+        self.vocabulary = Vocabulary(served.tokenizer)
+        self.template = ChatTemplate(served.tokenizer, served.name)
+
+    def chat_prompt(self, request: ChatRequest) -> list[list[int]]:
+        # The template writes the special tokens itself.
+        text = self.template.render(request.messages)
+        return [self._encode(text, "messages", add_special_tokens=False)]
+
+    def prompts(self, request: CompletionRequest) -> list[list[int]]:
+        return [
+            self._encode(prompt, "prompt", add_special_tokens=True) if isinstance(prompt, str) else prompt
+            for prompt in request.prompts()
+        ]
+
+    def answer_lengths(self, prompts: Sequence[list[int]], limit: int | None, default: int) -> list[int]:
+        """Most tokens to generate for each prompt. Raises ContextTooLong before anything is started."""
+        lengths = []
+        for prompt in prompts:
+            if not prompt:
+                raise RequestError("The prompt has no tokens.", param="prompt")
+            room = self.served.context_length - len(prompt)
+            wanted = limit or min(default, max(room, 1))
+            if wanted > room:
+                raise ContextTooLong(
+                    f"This model's maximum context length is {self.served.context_length} tokens. However, you requested "
+                    f"{len(prompt) + wanted} tokens ({len(prompt)} in the prompt, {wanted} in the completion).",
+                    hint="Shorten the prompt or ask for fewer tokens.",
+                )
+            lengths.append(wanted)
+        return lengths
+
+    def _encode(self, text: str, param: str, *, add_special_tokens: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError("The text holds half of a surrogate pair.", param=param) from error
+        return self.vocabulary.encode(text, add_special_tokens=add_special_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Generator:
+    """Both generation endpoints of one gateway."""
+
+    models: Mapping[str, OfferedModel]
+    limits: Limits
+    metrics: Metrics
+    gate: Gate
+
+    async def chat(self, scope: Scope, receive: Receive, send: Send, account: Account) -> None:
+        """POST /v1/chat/completions."""
+        with self.gate.enter():
+            body = await read_body(scope, receive, self.limits)
+            request, ignored = read(body, ChatRequest)
+            model = self.pick(request.model, account)
+            request.check(model.vocabulary.size)
+            # Rendering and tokenising a long prompt takes long enough to stall the streams of everybody else.
+            prompts = await asyncio.to_thread(model.chat_prompt, request)
+            order = self._order(scope, request, model, prompts)
+            dialect = ChatDialect(
+                model.served.name, order.request_id, model.vocabulary, logprobs=request.alternatives is not None
+            )
+            await self._deliver(_Delivery(order, dialect, request, ignored), receive, send)
+
+    async def completion(self, scope: Scope, receive: Receive, send: Send, account: Account) -> None:
+        """POST /v1/completions."""
+        with self.gate.enter():
+            body = await read_body(scope, receive, self.limits)
+            request, ignored = read(body, CompletionRequest)
+            model = self.pick(request.model, account)
+            request.check(model.vocabulary.size)
+            prompts = await asyncio.to_thread(model.prompts, request)
+            order = self._order(scope, request, model, prompts)
+            dialect = CompletionDialect(
+                model.served.name, order.request_id, model.vocabulary, alternatives=request.alternatives
+            )
+            await self._deliver(_Delivery(order, dialect, request, ignored), receive, send)
+
+    def pick(self, name: str, account: Account) -> OfferedModel:
+        """The model of that name. Raises RequestError: 403 not for this key (existing or not), 404 unknown."""
+        if not account.may_use(name):
+            raise RequestError(
+                "This key may not use the model.", param="model", code="model_not_allowed", status=403,
+                hint="GET /v1/models lists what it may use.",
+            )  # fmt: skip
+        model = self.models.get(name)
+        if model is None:
+            raise RequestError(
+                f"The model {name[:100]!r} does not exist here.", param="model", code="model_not_found", status=404,
+                hint="GET /v1/models lists the models.",
+            )  # fmt: skip
+        return model
+
+    def _order(
+        self, scope: Scope, request: ChatRequest | CompletionRequest, model: OfferedModel, prompts: list[list[int]]
+    ) -> Order:
+        return Order(
+            served=model.served,
+            vocabulary=model.vocabulary,
+            prompts=prompts,
+            choices_per_prompt=request.choices,
+            max_tokens=model.answer_lengths(prompts, request.limit, self.limits.default_chat_tokens),
+            params=request.sampling(model.vocabulary.size, request.alternatives),
+            stops=request.stops,
+            ignore_eos=bool(request.ignore_eos),
+            request_id=scope["state"]["request_id"],
+        )
+
+    async def _deliver(self, delivery: _Delivery, receive: Receive, send: Send) -> None:
+        with self.metrics.request() as meter:
+            work = _stream if delivery.request.stream else _answer
+            try:
+                await _while_connected(receive, work(delivery, meter, self.limits, send))
+            except ShoalError as error:
+                meter.failed(error.code)
+                raise
+
+
+@dataclass(frozen=True, slots=True)
+class _Delivery:
+    """An order and how its answer is to be worded and sent."""
+
+    order: Order
+    dialect: Dialect
+    request: ChatRequest | CompletionRequest
+    ignored: list[str]
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"x-shoal-ignored": ignored_header(self.ignored)} if self.ignored else {}
+
+
+async def _answer(delivery: _Delivery, meter: RequestMeter, limits: Limits, send: Send) -> None:
+    """Generate everything, then send one JSON object."""
+    order = delivery.order
+    kept: list[list[Piece]] = [[] for _ in range(order.choices)]
+    async with Choices(order) as choices:
+        await choices.admitted()
+        meter.admitted(order.prompt_tokens)
+        async with aclosing(choices.pieces()) as arriving:
+            async for piece in arriving:
+                if piece is not None:
+                    _count(piece, meter)
+                    kept[piece.choice].append(piece)
+    answer = {
+        **delivery.dialect.envelope(stream=False),
+        "choices": [delivery.dialect.whole(pieces) for pieces in kept],
+        "usage": usage(order.prompt_tokens, sum(map(len, kept))),
+    }
+    response = Response(dumps(answer), headers=delivery.headers, media_type="application/json")
+    await _send_start(send, 200, response.headers)
+    await send({"type": "http.response.body", "body": response.body})
+
+
+async def _stream(delivery: _Delivery, meter: RequestMeter, limits: Limits, send: Send) -> None:
+    """Send every piece as a chunk of its own, as it comes."""
+    async with Choices(delivery.order) as choices:
+        await choices.admitted()
+        meter.admitted(delivery.order.prompt_tokens)
+        await _send_start(send, 200, {**_STREAM_HEADERS, **delivery.headers})
+        try:
+            await _send_chunks(delivery, choices, meter, limits, send)
+        except ShoalError as error:
+            if not shown_to_callers(error):
+                logger.error("request %s: %s", delivery.order.request_id, error)
+            meter.failed(error.code)
+            await _send_end(send, _event(error_body(error)))
+        except BaseException as error:
+            # A fault of ours, or the gateway stops: the client must not take what it has for the whole answer.
+            # (When it was the client that left, this is sent to nobody.)
+            meter.failed(Interrupted.code)
+            await _send_end(send, _event(error_body(Interrupted(type(error).__name__))))
+            raise
+
+
+async def _send_chunks(delivery: _Delivery, choices: Choices, meter: RequestMeter, limits: Limits, send: Send) -> None:
+    order, dialect = delivery.order, delivery.dialect
+    envelope = dialect.envelope(stream=True)
+    # With include_usage every chunk has the field, null until the last; without it no chunk has.
+    extra: dict[str, Any] = {"usage": None} if delivery.request.include_usage else {}
+
+    async def send_choice(entry: dict[str, Any]) -> None:
+        await _send_part(send, _event({**envelope, "choices": [entry], **extra}))
+
+    for choice in range(order.choices):
+        opening = dialect.opening(choice)
+        if opening is not None:
+            await send_choice(opening)
+    tokens = 0
+    async with aclosing(choices.pieces(limits.ping_s)) as arriving:
+        async for piece in arriving:
+            if piece is None:
+                await _send_part(send, _PING)
+                continue
+            tokens += 1
+            _count(piece, meter)
+            await send_choice(dialect.delta(piece))
+    last = b""
+    if delivery.request.include_usage:
+        last = _event({**envelope, "choices": [], "usage": usage(order.prompt_tokens, tokens)})
+    await _send_end(send, last + _DONE)
+
+
+def _count(piece: Piece, meter: RequestMeter) -> None:
+    meter.token(piece.choice)
+    if piece.finish:
+        meter.finished(piece.finish)
+
+
+async def _while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+    """Run `work`, and cancel it the moment the client closes its connection. Raises what `work` raises."""
+    working = asyncio.create_task(work)
+    leaving = asyncio.create_task(_disconnection(receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGone
+        working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _disconnection(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _event(value: dict[str, Any]) -> bytes:
+    return b"data: " + dumps(value) + b"\n\n"
+
+
+async def _send_start(send: Send, status: int, headers: Mapping[str, str]) -> None:
+    raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": status, "headers": raw})
+
+
+async def _send_part(send: Send, body: bytes) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+async def _send_end(send: Send, body: bytes) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": False})

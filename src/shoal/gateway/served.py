@@ -1,0 +1,77 @@
+"""What the gateway needs to know about a model: the protocol between HTTP and whatever drives the chains.
+
+The gateway knows prompts, keys and JSON; it does not know servers, blocks or tensors. Anything with these members can
+be put behind the API, which is how the tests run the whole gateway without a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from shoal.spec.sampling import Sampled, SamplingParams
+
+
+class Tokenizer(Protocol):
+    """The part of a Hugging Face tokenizer that the gateway uses."""
+
+    all_special_ids: list[int]
+
+    def __len__(self) -> int: ...
+
+    def encode(self, text: str, *, add_special_tokens: bool = ...) -> list[int]: ...
+
+    def decode(
+        self, token_ids: Sequence[int], *, skip_special_tokens: bool = ..., clean_up_tokenization_spaces: bool = ...
+    ) -> str: ...
+
+    def convert_ids_to_tokens(self, ids: int) -> str | None: ...
+
+
+class Served(Protocol):
+    """One model under one name.
+
+    `created` is in Unix seconds. `context_length` counts prompt and answer together, in tokens. `eos_ids` are the
+    tokens that end an answer. The tokenizer may carry a `chat_template`.
+    """
+
+    name: str
+    tokenizer: Tokenizer
+    context_length: int
+    created: int
+    eos_ids: frozenset[int]
+
+    def generate(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        max_tokens: int,
+        ignore_eos: bool,
+        request_id: str,
+    ) -> AsyncGenerator[Sampled | None, None]:
+        """The answer, token by token.
+
+        Yields, in this order: at most one None, meaning "admitted, the first token is being computed" (optional; it
+        lets a stream send its headers and keep-alives during a long prefill); then every token as it is chosen. The
+        end token is yielded too, as the last item, unless `ignore_eos`. The generator ends after an end token or
+        after `max_tokens` tokens; ending in any other place is a fault, which the gateway reports as one.
+
+        Raises before the first item: Full, SwarmIncomplete, ContextTooLong. Raises later: SwarmIncomplete, when the
+        chain is lost for good. `aclose()`, or cancelling the task that waits for an item, frees the session at once.
+        """
+        ...
+
+    async def status(self) -> dict[str, Any]:
+        """Who hosts what, as JSON."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyState:
+    """Whether requests can be answered now; `reason` says in words why not, `models` says it per model."""
+
+    ready: bool
+    reason: str = ""
+    models: Mapping[str, bool] = field(default_factory=dict)

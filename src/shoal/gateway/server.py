@@ -1,0 +1,197 @@
+"""Runs the gateway: a listening socket on loopback, uvicorn inside the caller's event loop, a polite end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import socket
+import traceback
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import Any
+
+import h11
+import uvicorn
+from starlette.applications import Starlette
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from shoal.errors import UsageError
+from shoal.gateway.errors import RequestError, error_body
+from shoal.gateway.limits import Limits
+from shoal.gateway.replies import dumps
+
+# How long the rest of a refused body is read and thrown away. Closing at once would reset the connection, and many
+# clients would then never see the answer that says why.
+_LINGER_S = 2.0
+_MAX_HEAD_BYTES = 32 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Listening:
+    """Where the gateway can be reached; `port` is the real one, also when 0 was asked for."""
+
+    host: str
+    port: int
+
+    @property
+    def url(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
+
+
+@asynccontextmanager
+async def serve(
+    app: Starlette, host: str = "127.0.0.1", port: int = 0, *, limits: Limits | None = None
+) -> AsyncIterator[Listening]:
+    """Serve `app` while the block runs. Leaving it stops listening and lets running answers end.
+
+    Answers that take longer than `limits.shutdown_s` to end are told so inside their streams and cut.
+    Raises UsageError: a host beyond loopback (there is no TLS to protect keys and text on a network), a port in use.
+    """
+    limits = limits or Limits()
+    listener = _listen(host, port)
+    config = uvicorn.Config(
+        app,
+        http=_protocol(limits),
+        ws="none",
+        lifespan="off",
+        loop="none",
+        log_config=None,
+        access_log=False,  # its lines have query strings; the application writes its own
+        proxy_headers=False,  # a forwarded address must not become a loopback one
+        server_header=False,
+        timeout_keep_alive=max(1, round(limits.idle_timeout_s)),
+        timeout_graceful_shutdown=max(1, round(limits.shutdown_s)),
+        h11_max_incomplete_event_size=_MAX_HEAD_BYTES,
+    )
+    server = _Server(config)
+    address = listener.getsockname()
+    silence = _NoQuotes()
+    errors = logging.getLogger("uvicorn.error")
+    errors.addFilter(silence)
+    running = asyncio.create_task(server.serve(sockets=[listener]), name="gateway")
+    try:
+        yield Listening(address[0], address[1])
+    finally:
+        server.should_exit = True
+        try:
+            await running
+        finally:
+            errors.removeFilter(silence)
+            listener.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    address = "127.0.0.1" if host == "localhost" else host.strip("[]")
+    try:
+        loopback = ip_address(address).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback:
+        raise UsageError(
+            f"The gateway listens on this machine only, not on {host!r}: without TLS, keys and text would be readable "
+            "on the network.",
+            hint="Use 127.0.0.1, and an SSH tunnel or a TLS proxy on this machine for others.",
+        )
+    if not 0 <= port <= 65535:
+        raise UsageError(f"There is no port {port}.", hint="Choose one from 1 to 65535, or 0 for any free one.")
+    listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((address, port))
+        listener.listen(128)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        raise UsageError(
+            f"Cannot listen on {address} port {port}: {error.strerror}.",
+            hint="Stop the program that uses the port, or choose another port (0 takes any free one).",
+        ) from error
+    return listener
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: signals belong to the program that called `serve`."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _NoQuotes(logging.Filter):
+    """Takes the messages of unexpected exceptions out of uvicorn's log: they can quote what a user wrote.
+
+    What kind of error it was and where it was raised stays.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if error is not None:
+            lines = []
+            while error is not None:
+                lines += [*traceback.format_tb(error.__traceback__), f"{type(error).__name__}\n"]
+                error = error.__cause__ or error.__context__
+            record.exc_text = "".join(lines).rstrip()
+            record.exc_info = None
+        return True
+
+
+def _protocol(limits: Limits) -> type[H11Protocol]:
+    """uvicorn's HTTP/1.1 protocol with the bounds it lacks."""
+
+    class BoundedProtocol(H11Protocol):
+        """Adds a bound on connections, a deadline for request heads, and an end for bodies nobody reads any more."""
+
+        _head_timer: asyncio.TimerHandle | None = None
+        _linger_timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            if len(self.connections) > limits.connections:
+                transport.abort()
+                return
+            self._head_timer = self.loop.call_later(limits.head_timeout_s, transport.close)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            # A head that has begun and is not whole runs against a clock that more bytes do not wind up.
+            began = self.conn.their_state is h11.IDLE and bool(self.conn.trailing_data[0])
+            if not began:
+                self._head_timer = _cancelled(self._head_timer)
+            elif self._head_timer is None:
+                self._head_timer = self.loop.call_later(limits.head_timeout_s, self.transport.close)
+            unread = self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY
+            if not unread:
+                self._linger_timer = _cancelled(self._linger_timer)
+            elif self._linger_timer is None:
+                self._linger_timer = self.loop.call_later(_LINGER_S, self.transport.close)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._head_timer = _cancelled(self._head_timer)
+            self._linger_timer = _cancelled(self._linger_timer)
+            super().connection_lost(exc)
+
+        def send_400_response(self, msg: str) -> None:
+            """The answer to bytes that are no HTTP request, in the shape of all our errors."""
+            body = dumps(error_body(RequestError(msg, code="invalid_http")))
+            headers: list[tuple[Any, Any]] = [
+                (b"content-type", b"application/json"),
+                (b"content-length", str(len(body)).encode()),
+                (b"connection", b"close"),
+                (b"x-request-id", secrets.token_hex(16).encode()),
+            ]
+            for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+            self.transport.close()
+
+    return BoundedProtocol
+
+
+def _cancelled(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
+    """Cancel a timer that may not be there, and return what to remember of it: nothing."""
+    if timer is not None:
+        timer.cancel()
+    return None
