@@ -117,10 +117,14 @@ def _broken_rule(folder: str, layer: Layer, name: str, at_top: bool, package: Pa
 
 
 def import_cycle(package: Path) -> list[str]:
-    """The modules of one import cycle in order, or nothing. Imports inside functions count: they are needs too."""
+    """The modules of one import cycle in order, or nothing. Imports inside functions count; those for types never run."""
     files = {_module_name(path, package): path for path in python_files(package)}
     needs = {
-        module: {target for each in imports_of(path, package) if (target := _module_in(each.name, files))} - {module}
+        module: {
+            target
+            for each in imports_of(path, package)
+            if not each.for_types and (target := _module_in(each.name, files)) and target != module
+        }
         for module, path in files.items()
     }
     finished: set[str] = set()
@@ -222,6 +226,24 @@ def test_a_cycle_is_shown_as_the_way_around_it(tmp_path: Path) -> None:
     )
 
     assert import_cycle(package) == ["shoal.swarm.routing", "shoal.swarm.view", "shoal.swarm.routing"]
+
+
+def test_two_modules_may_know_each_other_s_types(tmp_path: Path) -> None:
+    package = _plant(
+        tmp_path,
+        {
+            "swarm/view.py": "if TYPE_CHECKING:\n    from shoal.swarm.routing import chain\n",
+            "swarm/routing.py": "from shoal.swarm import view\n",
+        },
+    )
+
+    assert import_cycle(package) == []
+
+
+def test_a_type_from_a_forbidden_folder_is_still_forbidden(tmp_path: Path) -> None:
+    package = _plant(tmp_path, {"swarm/view.py": "if TYPE_CHECKING:\n    import torch\n"})
+
+    assert broken_rules(package)
 
 
 def _plant(folder: Path, files: dict[str, str]) -> Path:
