@@ -207,7 +207,8 @@ def test_what_the_table_allows_passes(tmp_path: Path) -> None:
             "wire/frames.py": "import struct\nimport numpy as np\nfrom shoal.errors import ProtocolError\n",
             "swarm/routing.py": "from shoal.wire import frames\nfrom . import view\n",
             "swarm/view.py": "import heapq\n",
-            "cli/up.py": "import click\nif TYPE_CHECKING:\n    import torch\ndef up():\n    import torch\n    from shoal.swarm import view\n",
+            "cli/up.py": "import click\nif TYPE_CHECKING:\n    import torch\n",
+            "cli/generate.py": "def generate():\n    import torch\n    from shoal.swarm import view\n",
             "errors.py": "",
         },
     )
