@@ -50,6 +50,10 @@ def fail(failure: str, as_json: bool) -> int | None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "journal.bin")
         case "port":
             raise OSError(errno.EADDRINUSE, "error while attempting to bind on address ('127.0.0.1', 80)")
+        case "tasks":
+            raise ExceptionGroup("tasks", [ExceptionGroup("inner", [Full("Server 7 is full.")]), Full("So is 8.")])
+        case "tasks and a bug":
+            raise ExceptionGroup("tasks", [Full("Server 7 is full."), EOFError("not planned")])
         case "no":
             return 3
     return None
@@ -159,6 +163,17 @@ def test_ctrl_c_exits_with_130(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_error_nobody_planned_keeps_its_traceback() -> None:
     with pytest.raises(EOFError, match="not planned"):
         run("fail", "--raise", "bug")
+
+
+def test_planned_errors_of_several_tasks_are_told_as_the_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("fail", "--raise", "tasks") == 5
+
+    assert capsys.readouterr().err == "error: Server 7 is full.\n"
+
+
+def test_a_bug_beside_a_planned_error_keeps_its_traceback() -> None:
+    with pytest.raises(ExceptionGroup):
+        run("fail", "--raise", "tasks and a bug")
 
 
 def test_a_mistyped_command_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,8 +52,13 @@ def run(args: Sequence[str], group: click.Group = shoal) -> int:
     except click.exceptions.Exit as exit_:
         return exit_.exit_code
     except ShoalError as error:
-        output.error(str(error), code=error.code, hint=error.hint, retry_after_s=error.retry_after_s, as_json=as_json)
-        return error.exit_code
+        return _report(error, as_json)
+    except ExceptionGroup as errors:
+        # A TaskGroup hands on what its tasks raised. All planned: the first one is the cause, the others follow from it.
+        planned, others = errors.split(ShoalError)
+        if planned is None or others is not None:
+            raise
+        return _report(_first(planned), as_json)
     except OSError as error:
         if error.errno not in MACHINE_HINTS:
             raise
@@ -70,6 +75,16 @@ def run(args: Sequence[str], group: click.Group = shoal) -> int:
         output.note("")  # ends the line on which the terminal wrote ^C
         return 130
     return ended if isinstance(ended, int) else 0
+
+
+def _report(error: ShoalError, as_json: bool) -> int:
+    output.error(str(error), code=error.code, hint=error.hint, retry_after_s=error.retry_after_s, as_json=as_json)
+    return error.exit_code
+
+
+def _first(group: ExceptionGroup[ShoalError]) -> ShoalError:
+    first = group.exceptions[0]
+    return _first(first) if isinstance(first, ExceptionGroup) else first
 
 
 def _usage_hint(error: click.ClickException) -> str:
