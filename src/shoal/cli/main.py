@@ -54,7 +54,7 @@ def run(args: Sequence[str], group: click.Group = shoal) -> int:
     except ShoalError as error:
         return _report(error, as_json)
     except ExceptionGroup as errors:
-        # A TaskGroup hands on what its tasks raised. All planned: the first one is the cause, the others follow from it.
+        # From a TaskGroup. When all are planned, the first is the cause and the others followed from it.
         planned, others = errors.split(ShoalError)
         if planned is None or others is not None:
             raise
