@@ -127,7 +127,7 @@ def _quantize(values: F32) -> npt.NDArray[np.uint8]:
     inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales > 0)
     scaled = blocks * inverse[:, :, None]
     np.rint(scaled, out=scaled)
-    quantized = scaled.astype(np.int8).reshape(rows, -1)
+    quantized = scaled.astype(np.int8).reshape(rows, scaled.shape[1] * BLOCK)
     packed = np.empty((rows, row_bytes("int8", width)), np.uint8)
     packed[:, : 4 * scales.shape[1]] = scales.astype("<f4").view(np.uint8)
     packed[:, 4 * scales.shape[1] :] = quantized[:, :width].view(np.uint8)
@@ -143,7 +143,7 @@ def _dequantize(tensor: Tensor, body: Body) -> F32:
     quantized = packed[:, 4 * blocks :].view(np.int8)
     values = _as_blocks(quantized.astype(np.float32))
     values *= scales
-    return np.ascontiguousarray(values.reshape(rows, -1)[:, :width])
+    return np.ascontiguousarray(values.reshape(rows, blocks * BLOCK)[:, :width])
 
 
 def _as_blocks(values: F32) -> F32:
