@@ -1,0 +1,24 @@
+"""Runs with a claim. Each takes a seed and returns a Report, or raises Wrong or Stuck.
+
+safety     faults for ever: nothing wrong is ever emitted, nothing is emitted twice, every request ends
+liveness   faults, then everything heals: every generation finishes in bounded time, nothing is left behind
+gossip     registry views of many nodes converge, and converge again after a partition
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from shoal.sim.report import Report
+from shoal.sim.scenarios import generations, gossip
+
+SCENARIOS: dict[str, Callable[..., Report]] = {
+    "safety": generations.safety,
+    "liveness": generations.liveness,
+    "gossip": gossip.converges,
+}
+
+
+def run(scenario: str, seed: int, *, trace: list[str] | None = None) -> Report:
+    """Run one seed of a scenario by name. Raises KeyError for an unknown one."""
+    return SCENARIOS[scenario](seed, trace=trace)
