@@ -62,8 +62,8 @@ class SlotShape:
 class SessionKv:
     """Keys and values of one session over some layer slots. One buffer per distinct slot shape, allocated when needed.
 
-    `keys_at(slot)` and friends are not offered: a step takes the views of all slots at once (`step_views`), because
-    one `unbind` over S slots costs about as much as one slice, and a model has tens of slots.
+    A step takes the views of all slots at once (`step_views`), because one `unbind` over S slots costs about as much as
+    one slice, and a model has tens of slots.
     """
 
     def __init__(self, slots: Mapping[int, SlotShape], *, max_tokens: int, dtype: torch.dtype, device: torch.device):
@@ -236,14 +236,31 @@ def growing_cache(cache: Cache, *, max_tokens: int) -> Cache:
     return cache
 
 
+def _tensors(layer: object) -> list[Tensor]:
+    """Tensors a library layer holds, also those it keeps in dictionaries by state number."""
+    held: list[Tensor] = []
+    for value in vars(layer).values():
+        values = value.values() if isinstance(value, dict) else (value,)
+        held.extend(tensor for tensor in values if isinstance(tensor, Tensor))
+    return held
+
+
 def cache_bytes(cache: Cache) -> int:
     """Bytes a session's library cache holds now: rooms of growing layers and the tensors of all others."""
-    total = 0
+    return sum(
+        layer.allocated_bytes if isinstance(layer, GrowingLayer) else sum(tensor.nbytes for tensor in _tensors(layer))
+        for layer in cache.layers
+    )
+
+
+def cache_costs(cache: Cache) -> tuple[int, int]:
+    """(bytes one more token takes, bytes that do not depend on the length) of a library cache that holds some tokens."""
+    per_token = constant = 0
     for layer in cache.layers:
-        if isinstance(layer, GrowingLayer):
-            total += layer.allocated_bytes
-            continue
-        for value in vars(layer).values():
-            tensors = value.values() if isinstance(value, dict) else (value,)
-            total += sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
-    return total
+        # What has a token dimension lies under these two names in every attention layer of the library.
+        stored = [tensor for name in ("keys", "values") if (tensor := getattr(layer, name, None)) is not None]
+        stored = [tensor for tensor in stored if tensor.numel()]
+        per_token += sum(tensor[..., 0, :].nbytes for tensor in stored)
+        if not isinstance(layer, GrowingLayer):
+            constant += sum(tensor.nbytes for tensor in _tensors(layer)) - sum(tensor.nbytes for tensor in stored)
+    return per_token, constant

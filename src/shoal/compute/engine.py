@@ -34,10 +34,10 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
 
-from shoal.compute.cache import PassThroughCache, SessionKv, SlotShape, cache_bytes, growing_cache, pages
+from shoal.compute.cache import PassThroughCache, SessionKv, SlotShape, cache_bytes, cache_costs, growing_cache, pages
 from shoal.compute.packed import ATTENTION_NAME, Discovery, MaskRules, NotPackable, PackedStep, Segment, packed_step
 from shoal.compute.split import Stage
-from shoal.errors import UsageError
+from shoal.errors import CannotSplit, UsageError
 from shoal.spec.ids import BlockRange
 
 # Largest accepted difference between packed and single path in the self-check, relative to what the stage adds to its
@@ -115,6 +115,8 @@ class BlockEngine:
         packed: whether rows of several sessions share a forward; `packed_reason` says why (not).
         exact: a decode row's bits do not depend on which other sessions decode beside it, and a prefill chunk runs
             alone. A replayed chunk of other size may still differ in the last bits.
+        continues_in_chunks: False for families that continue a cached session only row by row (Mamba, Falcon Mamba: in
+            transformers 5.23 a second chunk silently starts from an empty state). Their first chunk runs at once.
         row_tile: how decode rows are grouped in exact mode, None otherwise.
         kv_bytes_per_token: what one token of a session over all blocks of the stage adds to the cache.
         state_bytes: what a session holds besides, whatever its length (recurrent and convolution states).
@@ -125,6 +127,7 @@ class BlockEngine:
         self.exact = exact
         self.packed = False
         self.packed_reason = ""
+        self.continues_in_chunks = True
         self.row_tile: RowTile | None = None
         self.kv_bytes_per_token = 0
         self.state_bytes = 0
@@ -226,9 +229,9 @@ class BlockEngine:
                     rows = torch.tensor([row for work, at in forward.members for row in range(at, at + work.rows)])
                     rows = rows.to(hidden.device)
                     result[rows] = self._run_packed(forward, hidden[rows])
-        for work in works:
-            self._sessions[work.session].length += work.rows
-        return result
+            for work in works:
+                self._sessions[work.session].length += work.rows
+            return result
 
     def _check(self, works: Sequence[Work], hidden: Tensor) -> None:
         expected = (sum(work.rows for work in works), self.stage.hidden_size)
@@ -295,11 +298,15 @@ class BlockEngine:
 
     def _run_single(self, place: _Session, work: Work, hidden: Tensor) -> Tensor:
         """hidden [rows, H] -> [rows, H], with the session's own cache."""
-        self._rotary.forget()
-        position_ids = torch.arange(work.position, work.position + work.rows, device=hidden.device).unsqueeze(0)
-        out = place.stage(hidden.unsqueeze(0), position_ids=position_ids, cache=place.cache)[0]
-        place.length += work.rows
-        return out
+        at_once = self.continues_in_chunks or work.position == 0
+        outs = []
+        for part in (hidden,) if at_once else hidden.split(1):
+            self._rotary.forget()
+            end = place.length + part.shape[0]
+            position_ids = torch.arange(place.length, end, device=hidden.device).unsqueeze(0)
+            outs.append(place.stage(part.unsqueeze(0), position_ids=position_ids, cache=place.cache)[0])
+            place.length = end
+        return torch.cat(outs)
 
     @contextmanager
     def _packed_attention(self) -> Iterator[None]:
@@ -323,44 +330,64 @@ class BlockEngine:
     # Self-checks
 
     def _self_check(self) -> None:
-        """Decide the path. Runs a few random rows both ways, and measures what a token costs in cache."""
+        """Decide the path, by running a few random rows in several ways that must agree."""
         first, second = b"self-check 1", b"self-check 2"
-        plan = [[Work(first, 0, 12), Work(second, 0, 5)], [Work(first, 12, 4), Work(second, 5, 1)]]
+        at_once = [[Work(first, 0, 16)]]
+        in_chunks = [[Work(first, 0, 12), Work(second, 0, 5)], [Work(first, 12, 4), Work(second, 5, 1)]]
         generator = torch.Generator().manual_seed(0)
-        inputs = [torch.randn(sum(w.rows for w in step), self.stage.hidden_size, generator=generator) for step in plan]
-        inputs = [rows.to(device=self.stage.device, dtype=self.stage.dtype) for rows in inputs]
+        shape = (22, self.stage.hidden_size)  # 16 rows of the first session, then 6 of the second
+        inputs = torch.randn(shape, generator=generator).to(device=self.stage.device, dtype=self.stage.dtype)
+        start = {first: 0, second: 16}
 
-        def run_plan() -> Tensor:
-            for session in (first, second):
-                self.open(session, self.stage.blocks, max_tokens=16)
-            return torch.cat([self.run(step, rows) for step, rows in zip(plan, inputs, strict=True)])
+        def rows_of(work: Work) -> slice:
+            return slice(start[work.session] + work.position, start[work.session] + work.position + work.rows)
 
-        try:
-            single = run_plan()
-            self._measure_cache(self._sessions[first])
-        finally:
-            self._sessions.clear()
+        def outcome(plan: list[list[Work]]) -> Tensor:
+            out = torch.zeros_like(inputs)
+            try:
+                for session in (first, second):
+                    self.open(session, self.stage.blocks, max_tokens=16)
+                for works in plan:
+                    result = self.run(works, torch.cat([inputs[rows_of(work)] for work in works]))
+                    for work, rows in zip(works, result.split([work.rows for work in works]), strict=True):
+                        out[rows_of(work)] = rows
+                if not self.packed:
+                    self.kv_bytes_per_token, self.state_bytes = cache_costs(self._sessions[first].cache)
+                return out
+            finally:
+                self._sessions.clear()
+
+        whole = outcome(at_once)[:16]
+        added = float((whole - inputs[:16]).float().abs().max()) or 1.0
+        tolerance = SELF_CHECK_TOLERANCE.get(self.stage.dtype, SELF_CHECK_TOLERANCE_16_BIT)
+
+        def difference(a: Tensor, b: Tensor) -> float:
+            return float((a - b).float().abs().max()) / added
+
+        single = outcome(in_chunks)
+        if not difference(single[:16], whole) <= tolerance:
+            self.continues_in_chunks = False
+            single = outcome(in_chunks)
+        if not difference(single[:16], whole) <= tolerance:
+            raise CannotSplit(
+                f"{type(self.stage.model).__name__} cannot be served: continued from its cache, it gives other numbers "
+                f"than in one piece ({difference(single[:16], whole):.1e} of what the blocks add)."
+            )
         try:
             self._rotary.check()
             self._discover()
             self.packed = True
-            packed = run_plan()
+            apart = difference(outcome(in_chunks), single)
         except _FOREIGN_ERRORS as error:
             self.packed = False
             self.packed_reason = f"one session at a time: {error}"
             return
-        finally:
-            self._sessions.clear()
-        added = (single - torch.cat(inputs)).float().abs().max().clamp(min=torch.finfo(torch.float32).tiny)
-        difference = float((packed - single).float().abs().max() / added)
-        tolerance = SELF_CHECK_TOLERANCE.get(self.stage.dtype, SELF_CHECK_TOLERANCE_16_BIT)
-        self.packed = difference <= tolerance
+        self.packed = apart <= tolerance
         verdict = "packed" if self.packed else "one session at a time"
-        self.packed_reason = f"{verdict}: packed and single rows differ by {difference:.1e} of what the stage adds"
+        self.packed_reason = f"{verdict}: packed and single rows differ by {apart:.1e} of what the blocks add"
         if self.packed:
             numbers = sum(shape.numbers_per_token for shape in self._slots.values())
             self.kv_bytes_per_token = numbers * self.stage.dtype.itemsize
-            self.state_bytes = 0
 
     def _discover(self) -> None:
         """One forward of two rows that stores nothing: which slots does the family's attention use, of what shape?"""
@@ -373,16 +400,6 @@ class BlockEngine:
                 f"{len(step.slots)} of its {len(self.stage.blocks)} layers attend through the library's interface"
             )
         self._slots = step.slots
-
-    def _measure_cache(self, place: _Session) -> None:
-        """Bytes per token, and bytes whatever the length, of the single path's cache of `place`."""
-        per_token = 0
-        for layer in place.cache.layers:
-            for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
-                if tensor is not None and tensor.numel():
-                    per_token += tensor.shape[1] * tensor.shape[3] * tensor.element_size()
-        self.kv_bytes_per_token = per_token
-        self.state_bytes = max(0, cache_bytes(place.cache) - per_token * place.length)
 
     def _bits_hold(self, tile: RowTile) -> bool:
         """Whether rows get the same bits alone and in company when decoded in tiles of this form."""
