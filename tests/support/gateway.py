@@ -1,0 +1,257 @@
+"""A whole gateway on a loopback port, with a model that says what a test wants it to say."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+import threading
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from shoal.gateway.accounts import Accounts
+from shoal.gateway.app import create_app
+from shoal.gateway.limits import Limits
+from shoal.gateway.metrics import Metrics
+from shoal.gateway.served import ReadyState
+from shoal.gateway.server import Listening, serve
+from shoal.spec.sampling import Sampled, SamplingParams
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+PATIENCE_S = 20.0
+"""Against hanging only; nothing is expected to take this long."""
+
+
+def byte_level_tokenizer(*, template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
+    """A GPT-2-like tokenizer: every byte is a token, frequent words are merged, special tokens <s> and </s>."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the whale and the sea and the ship said hello to the world"] * 8, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.chat_template = template
+    return fast
+
+
+class Hold:
+    """A step of a script: the model waits here until the test lets it go on."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self.release = threading.Event()
+
+    async def wait(self) -> None:
+        self.reached.set()
+        while not self.release.is_set():
+            await asyncio.sleep(0.002)
+
+
+@dataclass
+class Call:
+    """One call of `generate`, as the model saw it."""
+
+    prompt: list[int]
+    params: SamplingParams
+    max_tokens: int
+    ignore_eos: bool
+    request_id: str
+    steps_done: int = 0
+    closed: threading.Event = field(default_factory=threading.Event)
+
+
+Step = int | Sampled | Hold | Exception | None
+Script = Callable[[Call], Iterable[Step]]
+
+
+class ScriptedModel:
+    """Stands where a swarm would be. `script` gives the steps of a call; `calls` keeps what was asked."""
+
+    def __init__(self, name: str, tokenizer: PreTrainedTokenizerFast, *, context_length: int = 512) -> None:
+        self.name = name
+        self.tokenizer = tokenizer
+        self.context_length = context_length
+        self.created = 1_700_000_000
+        self.eos_ids = frozenset({tokenizer.eos_token_id})
+        self.calls: list[Call] = []
+        self.says("hello world")
+
+    def says(self, text: str) -> None:
+        """Every call answers `text`, token by token, and then ends; with ignore_eos it starts again."""
+        tokens = self.tokenizer.encode(text, add_special_tokens=False)
+        (eos,) = self.eos_ids
+
+        def script(call: Call) -> Iterator[Step]:
+            whole = tokens * (call.max_tokens // len(tokens) + 1) if call.ignore_eos else [*tokens, eos]
+            yield from whole[: call.max_tokens]
+
+        self.script: Script = script
+
+    def does(self, *steps: Step) -> None:
+        """Every call goes through these steps."""
+        self.script = lambda call: steps
+
+    def samples(self) -> None:
+        """Every call samples from a small fixed distribution, and honours every sampling parameter."""
+        self.script = lambda call: sampled_tokens(call, len(self.tokenizer))
+
+    async def generate(
+        self, prompt: list[int], params: SamplingParams, *, max_tokens: int, ignore_eos: bool, request_id: str
+    ) -> AsyncGenerator[Sampled | None, None]:
+        call = Call(prompt, params, max_tokens, ignore_eos, request_id)
+        self.calls.append(call)
+        try:
+            for step in self.script(call):
+                if isinstance(step, Exception):
+                    raise step
+                if isinstance(step, Hold):
+                    await step.wait()
+                    continue
+                await asyncio.sleep(0)
+                call.steps_done += 1
+                yield Sampled(step) if isinstance(step, int) else step
+        finally:
+            call.closed.set()
+
+    async def status(self) -> dict[str, Any]:
+        return {"model": self.name}
+
+
+def sampled_tokens(call: Call, vocabulary_size: int) -> Iterator[Sampled]:
+    """A toy sampler in the textbook order: penalties, bias, temperature, top_p, draw."""
+    params = call.params
+    rng = random.Random(params.seed)
+    counts: dict[int, int] = {}
+    previous = sum(call.prompt)
+    bias = dict(params.logit_bias)
+    for _ in range(call.max_tokens):
+        model = [4.0 * random.Random(previous * 1000 + token).random() for token in range(2, vocabulary_size)]
+        total = math.log(sum(math.exp(logit) for logit in model))
+        logprobs = {token: logit - total for token, logit in enumerate(model, start=2)}
+        logits = {
+            token: logit
+            - params.presence_penalty * (token in counts)
+            - params.frequency_penalty * counts.get(token, 0)
+            + bias.get(token, 0.0)
+            for token, logit in enumerate(model, start=2)
+        }
+        best_first = sorted(logits, key=lambda token: -logits[token])
+        if params.greedy:
+            chosen = best_first[0]
+        else:
+            weights = [math.exp((logits[token] - logits[best_first[0]]) / params.temperature) for token in best_first]
+            kept, mass = 0, 0.0
+            while mass < params.top_p * sum(weights) and kept < len(weights):
+                mass += weights[kept]
+                kept += 1
+            chosen = rng.choices(best_first[:kept], weights[:kept])[0]
+        counts[chosen] = counts.get(chosen, 0) + 1
+        previous = previous * 31 % 100_003 + chosen
+        top = sorted(logprobs.items(), key=lambda pair: -pair[1])[: params.logprobs or 0]
+        yield Sampled(chosen, None if params.logprobs is None else logprobs[chosen], tuple(top))
+
+
+class Gateway:
+    """A running gateway: two models, its keys, and clients for it."""
+
+    def __init__(self, folder: Path, limits: Limits) -> None:
+        self.limits = limits
+        self.chatty = ScriptedModel("org/chatty:1b", byte_level_tokenizer())
+        self.plain = ScriptedModel("plain", byte_level_tokenizer(template=None))
+        self.ready = ReadyState(True)
+        self.metrics = Metrics()
+        with_file = Accounts(folder / "keys.sqlite")
+        self.key, _ = with_file.create("test")
+        self.plain_key, _ = with_file.create("plain only", models=["plain"])
+        with_file.close()
+        self._folder = folder
+        self.listening: Listening
+        self._started = threading.Event()
+        self._stop: asyncio.Event
+        self._loop: asyncio.AbstractEventLoop
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="gateway")
+
+    async def _serve(self) -> None:
+        self._stop, self._loop = asyncio.Event(), asyncio.get_running_loop()
+        accounts = Accounts(self._folder / "keys.sqlite")
+        self.app = create_app(
+            {model.name: model for model in (self.chatty, self.plain)},
+            accounts,
+            ready=self._ready,
+            status=self._status,
+            limits=self.limits,
+            metrics=self.metrics,
+        )
+        async with serve(self.app, limits=self.limits) as self.listening:
+            self._started.set()
+            await self._stop.wait()
+        accounts.close()
+
+    async def _ready(self) -> ReadyState:
+        return self.ready
+
+    async def _status(self) -> dict[str, Any]:
+        return {"models": [await model.status() for model in (self.chatty, self.plain)]}
+
+    def start(self) -> None:
+        self._thread.start()
+        assert self._started.wait(PATIENCE_S)
+
+    def stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(PATIENCE_S)
+        assert not self._thread.is_alive()
+
+    def client(self, key: str | None = None, *, max_retries: int = 0) -> openai.OpenAI:
+        return openai.OpenAI(
+            base_url=f"{self.listening.url}/v1",
+            api_key=key or self.key,
+            max_retries=max_retries,
+            timeout=PATIENCE_S,
+        )
+
+    def async_client(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(
+            base_url=f"{self.listening.url}/v1", api_key=self.key, max_retries=0, timeout=PATIENCE_S
+        )
+
+    def http(self, *, key: str | None = None) -> httpx.Client:
+        headers = {"authorization": f"Bearer {key or self.key}"}
+        return httpx.Client(base_url=self.listening.url, headers=headers, timeout=PATIENCE_S, trust_env=False)
+
+
+@contextmanager
+def running(folder: Path, limits: Limits | None = None) -> Iterator[Gateway]:
+    gateway = Gateway(folder, limits or Limits())
+    gateway.start()
+    try:
+        yield gateway
+    finally:
+        gateway.stop()
+
+
+def eventually(condition: Callable[[], bool]) -> bool:
+    """True as soon as `condition` holds; False when it does not within PATIENCE_S."""
+    waiting = threading.Event()
+    for _ in range(int(PATIENCE_S / 0.005)):
+        if condition():
+            return True
+        waiting.wait(0.005)
+    return False
