@@ -17,7 +17,21 @@ from shoal.cli import output
 from shoal.cli.lazy import Entry, LazyGroup
 from shoal.errors import ShoalError
 
-COMMANDS: dict[str, Entry] = {}
+COMMANDS: dict[str, Entry] = {
+    "up": Entry("shoal.cli.up:up", "Run a private swarm on this machine until Ctrl-C."),
+    "status": Entry("shoal.cli.status:status", "Show who hosts which blocks; exit code 3 when some are missing."),
+    "generate": Entry("shoal.cli.generate:generate", "Continue a text with the running swarm."),
+    "server-process": Entry(
+        "shoal.cli.server_process:server_process",
+        "Host some blocks of a model (started by `shoal up`).",
+        process=True,
+    ),
+    "gateway-process": Entry(
+        "shoal.cli.gateway_process:gateway_process",
+        "Answer the API for a swarm (started by `shoal up`).",
+        process=True,
+    ),
+}
 
 shoal = LazyGroup(
     name="shoal",

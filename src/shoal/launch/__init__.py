@@ -1,0 +1,1 @@
+"""Starts and stops a private swarm on this machine, as child processes."""

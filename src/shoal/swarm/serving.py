@@ -287,9 +287,14 @@ class Serving:
         return actions
 
     def _on_item(self, session: _Session, item: msg.StepItem, payload: Payload, now: float) -> list[Action]:
+        if item.block != session.blocks.start:
+            # A late push of an earlier chain that was cut elsewhere: right numbers, but of another block.
+            self.counters.unknown += 1
+            return []
         session.used_at = now
         end = item.position + item.rows
-        if end <= session.position or item.position in session.waiting:
+        known = session.waiting.get(item.position)
+        if end <= session.position or (known is not None and known[0].rows >= item.rows):
             self.counters.duplicates += 1
             return []
         if end > session.max_tokens or len(session.waiting) >= self.config.held_items:
@@ -308,8 +313,10 @@ class Serving:
             # Replays cut the same rows into other chunks, so a waiting chunk may overlap what is done by now.
             item, payload = session.waiting.pop(position)
             skip = at - position
-            if skip < item.rows:
-                session.waiting.setdefault(at, (msg.StepItem(item.session, at, item.rows - skip), payload[skip:]))
+            known = session.waiting.get(at)
+            if item.rows - skip > (known[0].rows if known is not None else 0):
+                rest = msg.StepItem(item.session, at, item.rows - skip, item.block)
+                session.waiting[at] = (rest, payload[skip:])
         if at in session.waiting:
             self._ready[session.id] = None
 
@@ -375,7 +382,8 @@ class Serving:
         hops: dict[str, msg.Hop] = {}
         results: dict[tuple[str, msg.WireType], list[tuple[msg.StepItem, Payload]]] = {}
         journals: dict[tuple[str, msg.WireType, int], list[tuple[msg.StepItem, Payload]]] = {}
-        for session, item, output in done:
+        for session, step, output in done:
+            item = msg.StepItem(step.session, step.position, step.rows, session.blocks.end)
             end = item.position + item.rows
             if end > session.forward_from:
                 if session.next is None:

@@ -98,8 +98,10 @@ Action = Tell | Feed | Deliver | Failed | Recovered
 class Log:
     """Consecutive rows by position, added in any overlap; keeps the chunks as they came."""
 
-    def __init__(self) -> None:
-        self.end = 0
+    def __init__(self, end: int = 0, *, keep: bool = True) -> None:
+        """`keep` False: only count; what was added is handed out once and never asked for again."""
+        self.end = end
+        self._keep = keep
         self._chunks: list[tuple[int, int, Payload]] = []
         self._early: dict[int, tuple[int, Payload]] = {}
 
@@ -125,7 +127,8 @@ class Log:
         if skip >= rows:
             return
         chunk = (self.end, rows - skip, payload[skip:] if skip else payload)
-        self._chunks.append(chunk)
+        if self._keep:
+            self._chunks.append(chunk)
         added.append(chunk)
         self.end += rows - skip
 
@@ -153,6 +156,8 @@ class _Stage:
     relinking: bool = False
     sent_end: int = 0
     """For stages that we feed: rows sent so far."""
+    computed_end: int = 0
+    """Positions below this it has certainly computed: it sent us outputs of theirs, or of later ones."""
     relay_until: int = 0
     """Positions below this reach the stage from our journal; those above are pushed by the stage before it."""
 
@@ -193,8 +198,10 @@ class Session:
         max_tokens: int,
         wire: msg.WireType,
         plan: Plan,
+        results_from: int = 0,
         config: SessionConfig | None = None,
     ) -> None:
+        """`results_from`: outputs below this position are not wanted (all of a prompt but its last row)."""
         self.id = id
         self.counters = SessionCounters()
         self.ended = False
@@ -208,7 +215,10 @@ class Session:
         self._epoch = 0
         self._logs: dict[int, Log] = {0: Log()}
         """Inputs by the index of the block that takes them; num_blocks: the outputs of the last block."""
-        self._logs[num_blocks] = Log()
+        self._results_from = results_from
+        self._result_end = 0
+        """How far any last stage has come, wanted outputs or not."""
+        self._logs[num_blocks] = Log(results_from, keep=False)
         self._avoid: dict[str, float] = {}
         self._avoid_if_possible: dict[str, float] = {}
         """Reachable from here but not from its neighbour: taken again when there is no other."""
@@ -278,6 +288,8 @@ class Session:
                 self._full_retry_s = message.retry_after_s
             return self._lose([stage], message.code, now, reachable=True)
         if isinstance(message, msg.Gone):
+            if not stage.answered and message.code != "draining":
+                return []  # sent before our Open or Relink was read there: it is about the plan before this one
             if message.code == "next_lost":
                 at = self._stages.index(stage)
                 after = self._stages[at + 1 : at + 2]
@@ -285,8 +297,9 @@ class Session:
             return self._lose([stage], message.code, now, reachable=True)
         return []
 
-    def on_journal(self, block: int, item: msg.StepItem, payload: Payload, now: float) -> list[Action]:
-        """A copy of the inputs of `block` that a server pushed on."""
+    def on_journal(self, node: str, block: int, item: msg.StepItem, payload: Payload, now: float) -> list[Action]:
+        """A copy of the inputs of `block` that `node` pushed on."""
+        self._confirm(node, block, item)
         log = self._logs.get(block)
         if self.ended or log is None or block in (self._blocks.start, self._blocks.end):
             return []
@@ -300,15 +313,18 @@ class Session:
                 actions += self._relay(stage)
         return actions + self._feed_first()
 
-    def on_result(self, item: msg.StepItem, payload: Payload, now: float) -> list[Action]:
-        """Outputs of the last block."""
+    def on_result(self, node: str, item: msg.StepItem, payload: Payload, now: float) -> list[Action]:
+        """Outputs of the last block, from `node`."""
         if self.ended:
             return []
+        self._confirm(node, self._blocks.end, item)
+        self._progress_at = now
+        self._result_end = max(self._result_end, item.position + item.rows)
         actions: list[Action] = []
         for position, rows, fresh in self._logs[self._blocks.end].add(item.position, item.rows, payload):
             actions.append(Deliver(position, rows, fresh))
         if not actions:
-            return []
+            return self._feed_first()
         self._replans_since_progress = 0
         if self._loss is not None and self.live:
             loss, self._loss = self._loss, None
@@ -316,7 +332,6 @@ class Session:
             actions.append(
                 Recovered(loss.cause, tuple(loss.blocks), tuple(loss.gone), now - loss.since, loss.replayed_rows)
             )
-        self._progress_at = now
         return actions + self._feed_first()
 
     def on_peer_lost(self, node: str, cause: str, now: float) -> list[Action]:
@@ -359,10 +374,22 @@ class Session:
 
     @property
     def _done(self) -> int:
+        """Outputs below this position were delivered, or were never wanted."""
         return self._logs[self._blocks.end].end
+
+    @property
+    def _delivered(self) -> int:
+        """Like _done, but 0 as long as nothing was delivered."""
+        return self._done if self._done > self._results_from else 0
 
     def _find(self, node: str) -> _Stage | None:
         return next((stage for stage in self._stages if stage.node == node), None)
+
+    def _confirm(self, node: str, block: int, item: msg.StepItem) -> None:
+        """An output of a stage proves that it has computed everything up to there."""
+        stage = self._find(node)
+        if stage is not None and stage.hop.blocks.end == block and stage.answered:
+            stage.computed_end = max(stage.computed_end, item.position + item.rows)
 
     def _stuck(self) -> _Stage:
         """The first stage that owes an output."""
@@ -379,7 +406,7 @@ class Session:
             stage.alive = False
             avoid = self._avoid_if_possible if cause == "link" else self._avoid
             avoid[stage.node] = now + self._config.avoid_s
-            if self._done > 0 or stage.synced:
+            if stage.synced or self._loss is not None:
                 if self._loss is None:
                     self._loss = _Loss(cause, self._progress_at if self._done < self._logs[0].end else now)
                 self._loss.blocks.append(str(stage.hop.blocks))
@@ -492,7 +519,8 @@ class Session:
                             max_tokens=self._max_tokens,
                             wire=self._wire,
                             next=following,
-                            forward_from=self._processed_by(after),
+                            # A lone server reports the whole prompt, because nothing else shows its progress.
+                            forward_from=self._processed_by(after) if len(stages) > 1 else self._delivered,
                             journal_from=log_after.end,
                         ),
                     )
@@ -511,10 +539,11 @@ class Session:
         return actions + self._maybe_live()
 
     def _processed_by(self, after: _Stage | None) -> int:
-        """Positions that the next stage has certainly computed; None is ourselves, taking results."""
-        if after is None:
-            return self._done
-        return 0 if after.epoch == self._epoch else self._logs[after.hop.blocks.end].end
+        """Positions that the next stage has certainly computed; None is ourselves, taking results.
+
+        What the journal holds of its outputs proves nothing: a stage that was rebuilt a moment ago may still be
+        replaying what an earlier server had computed long before."""
+        return self._done if after is None else after.computed_end
 
     # --- feeding ---------------------------------------------------------------------------------------------
 
@@ -551,8 +580,8 @@ class Session:
         log = self._logs[0]
         if first.sent_end >= log.end:
             return []
-        computed = self._logs[first.hop.blocks.end].end
-        seen_end = max(computed, self._done)
+        computed = self._result_end if len(self._stages) == 1 else self._logs[first.hop.blocks.end].end
+        seen_end = max(computed, self._delivered)
         if first.sent_end < seen_end:
             # A replay: everything that was computed before goes at once, in large steps.
             seen = [chunk for chunk in log.since(first.sent_end) if chunk[0] < seen_end]
@@ -578,5 +607,6 @@ class Session:
                 self.counters.replayed_rows += rows
                 if self._loss is not None:
                     self._loss.replayed_rows += rows
-            actions.append(Feed(stage.node, msg.StepItem(self.id, position, rows), tuple(parts)))
+            item = msg.StepItem(self.id, position, rows, stage.hop.blocks.start)
+            actions.append(Feed(stage.node, item, tuple(parts)))
         return actions

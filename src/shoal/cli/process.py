@@ -1,0 +1,44 @@
+"""What every process of a swarm has in common: it logs to stderr, and stops on SIGTERM or when its parent is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+
+def set_up_logging() -> None:
+    """One line per event on stderr, which the parent sends to a file. Prompts and answers are never logged."""
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+def on_stop(stop: Callable[[], None]) -> None:
+    """Call `stop` in the running loop on SIGTERM, SIGINT, or the end of standard input."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+
+    def watch_parent() -> None:
+        while os.read(0, 4096):
+            pass
+        loop.call_soon_threadsafe(stop)
+
+    # A daemon thread, because a blocking read of standard input cannot be interrupted.
+    threading.Thread(target=watch_parent, name="parent watch", daemon=True).start()
+
+
+def run(main: Coroutine[Any, Any, int | None]) -> int:
+    """Run a process's main coroutine on uvloop where there is one."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(main) or 0
+    return uvloop.run(main) or 0

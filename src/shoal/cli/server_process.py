@@ -1,0 +1,69 @@
+"""`python -m shoal server-process`: one block server, started by `shoal up`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from shoal.cli import output
+
+
+@click.command("server-process")
+@click.option("--swarm-dir", type=click.Path(path_type=Path), required=True)
+@click.option("--node", required=True, help="Name of this node's folder in the swarm directory.")
+@click.option("--seed", "seeds", multiple=True, required=True, help="Address of a registry seed, tcp://HOST:PORT.")
+@click.option("--model", type=click.Path(path_type=Path), required=True)
+@click.option("--blocks", default=None, help="START:END; default: wait for an assignment.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32")
+@click.option("--device", default="cpu")
+@click.option("--memory", required=True, help="Memory offered for weights and cache, for example 20GiB.")
+@click.option("--cache-tokens", type=int, default=None)
+def server_process(
+    swarm_dir: Path,
+    node: str,
+    seeds: tuple[str, ...],
+    model: Path,
+    blocks: str | None,
+    dtype: str,
+    device: str,
+    memory: str,
+    cache_tokens: int | None,
+) -> int:
+    """Host some blocks of a model (started by `shoal up`)."""
+    import sys
+
+    import torch
+
+    from shoal.cli import process
+    from shoal.net.identity import NodeIdentity
+    from shoal.net.tls import TlsTransport
+    from shoal.server.node import BlockServer, ServerConfig
+    from shoal.spec.ids import BlockRange
+    from shoal.spec.units import parse_bytes
+
+    # The compute thread holds the interpreter between its kernels; the network loop must get it back within a
+    # fraction of a step, not after the default of 5 ms.
+    sys.setswitchinterval(0.0005)
+    process.set_up_logging()
+    torch.set_num_threads(1)
+    config = ServerConfig(
+        model_dir=model,
+        listen="tcp://127.0.0.1:0",
+        seeds=seeds,
+        blocks=None if blocks is None else BlockRange.parse(blocks),
+        dtype=getattr(torch, dtype),
+        device=device,
+        memory_bytes=parse_bytes(memory),
+        cache_tokens=cache_tokens,
+    )
+    identity = NodeIdentity.load(swarm_dir / "nodes" / node)
+
+    async def main() -> None:
+        server = BlockServer(config, identity.peer.node, TlsTransport(identity))
+        process.on_stop(server.stop)
+        await server.run(
+            on_online=lambda hosted: output.answer_json({"id": identity.peer.node, "blocks": str(hosted)}),
+        )
+
+    return process.run(main())

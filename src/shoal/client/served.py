@@ -1,0 +1,114 @@
+"""A model whose blocks are elsewhere, as the gateway sees it: a name, a tokenizer, generate, status."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from shoal.client.driver import Driver
+from shoal.errors import ModelError
+from shoal.net.directory import Directory
+from shoal.spec.sampling import Sampled, SamplingParams
+from shoal.swarm.routing import missing_blocks
+from shoal.wire.messages import Record
+
+
+def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model directory, never running code from it. Raises ModelError when there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"No usable tokenizer in {model_dir.name}.",
+            hint="The directory needs tokenizer.json and tokenizer_config.json, as Hugging Face models have them.",
+        ) from error
+
+
+class SwarmModel:
+    """Implements gateway.served.Served on a Driver."""
+
+    def __init__(
+        self,
+        name: str,
+        driver: Driver,
+        directory: Directory,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        eos_ids: frozenset[int],
+        placement: list[str] | None = None,
+    ) -> None:
+        self.name = name
+        self.tokenizer = tokenizer
+        self.context_length = driver.facts.context_length
+        self.created = int(time.time())
+        self.eos_ids = eos_ids
+        self.placement_reasons = placement if placement is not None else []
+        self._driver = driver
+        self._directory = directory
+
+    async def generate(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        max_tokens: int,
+        ignore_eos: bool,
+        request_id: str,
+    ) -> AsyncGenerator[Sampled | None, None]:
+        items = self._driver.generate(
+            prompt,
+            params,
+            max_tokens=max_tokens,
+            eos_ids=frozenset() if ignore_eos else self.eos_ids,
+            request_id=request_id,
+        )
+        try:
+            async for item in items:
+                yield item
+        finally:
+            await items.aclose()
+
+    def missing(self) -> list[str]:
+        """Block ranges that no live server hosts, as "4:8"."""
+        facts = self._driver.facts
+        return [str(part) for part in missing_blocks(self._directory.live(), facts.name, facts.num_blocks)]
+
+    async def status(self) -> dict[str, Any]:
+        """Who hosts what, how fast, how busy, and why there."""
+        facts = self._driver.facts
+        servers = [_describe(record) for record in self._directory.live() if record.role == "server"]
+        missing = self.missing()
+        return {
+            "model": self.name,
+            "swarm_model": facts.name,
+            "blocks": facts.num_blocks,
+            "covered": not missing,
+            "missing": missing,
+            "servers": servers,
+            "driver": self._driver.statistics(),
+            "explain": list(self.placement_reasons),
+        }
+
+
+def _describe(record: Record) -> dict[str, Any]:
+    span = record.span
+    return {
+        "id": record.node,
+        "state": record.state,
+        "blocks": None if span is None else f"{span.start}:{span.end}",
+        "pid": record.pid,
+        "addresses": list(record.addresses),
+        "dtype": record.dtype,
+        "decode_ms_per_block": round(record.decode_ms_per_block, 4),
+        "prefill_ms_per_block_token": round(record.prefill_ms_per_block_token, 5),
+        "memory_bytes": record.memory_bytes,
+        "cache_tokens_free": record.cache_tokens_free,
+        "cache_tokens_total": record.cache_tokens_total,
+        "queue_rows": record.queue_rows,
+        "sessions": record.sessions,
+        "labels": list(record.labels),
+    }

@@ -1,0 +1,88 @@
+"""Child processes that announce themselves with lines of JSON and never outlive their parent.
+
+A child reads its standard input only to see it end: when the parent dies, however it dies, the pipe closes and the
+child stops (cli/process.py). Its log goes to a file, whose last lines tell why it failed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from shoal.errors import ShoalError
+
+_TAIL_BYTES = 4000
+
+
+class ChildFailed(ShoalError):
+    """A process of the swarm ended before it was ready."""
+
+    code = "child_failed"
+
+
+class Child:
+    """One running `python -m shoal ...`."""
+
+    def __init__(self, name: str, process: asyncio.subprocess.Process, log: Path) -> None:
+        self.name = name
+        self.process = process
+        self.log = log
+
+    @classmethod
+    async def start(cls, name: str, args: Sequence[str], log: Path) -> Child:
+        """Start it, with its log in `log`. One thread for each numerical library: children share the machine."""
+        env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        with log.open("ab") as stream:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "shoal",
+                *args,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=stream,
+                env=env,
+                start_new_session=True,  # Ctrl-C is for the parent, which then stops the children in order
+            )
+        return cls(name, process, log)
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    async def line(self) -> dict[str, Any]:
+        """The next line of JSON it prints. Raises ChildFailed, with its own words, when it ends instead."""
+        assert self.process.stdout is not None
+        line = await self.process.stdout.readline()
+        if line:
+            value = json.loads(line)
+            if "error" not in value:
+                return dict(value)
+            error = value["error"]
+            raise ChildFailed(f"{self.name}: {error['message']}", hint=error.get("hint", ""))
+        code = await self.process.wait()
+        raise ChildFailed(f"{self.name} ended with exit code {code} before it was ready.", hint=self._last_words())
+
+    def _last_words(self) -> str:
+        with self.log.open("rb") as stream:
+            stream.seek(max(0, self.log.stat().st_size - _TAIL_BYTES))
+            lines = stream.read().decode(errors="replace").strip().splitlines()
+        return "Its log ends with:\n" + "\n".join(lines[-8:]) if lines else f"Its log {self.log} is empty."
+
+    async def stop(self, grace_s: float) -> None:
+        """SIGTERM, and SIGKILL after grace_s."""
+        if self.process.returncode is not None:
+            return
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            async with asyncio.timeout(grace_s):
+                await self.process.wait()
+        except TimeoutError:
+            self.process.kill()
+            await self.process.wait()

@@ -1,0 +1,187 @@
+"""A private swarm on this machine: authority, certificates, one gateway, N spans of blocks with R servers each."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shoal.errors import UsageError
+from shoal.launch.children import Child, ChildFailed
+from shoal.launch.state import state_dir
+from shoal.net.identity import NodeIdentity, create_ca, issue_node
+
+START_TIMEOUT_S = 600.0
+"""Loading a large model from a slow disk takes minutes; a process that fails says so long before."""
+MEMORY_SHARE = 0.8
+"""Of the memory available now, this much is offered by all servers together."""
+
+
+@dataclass(frozen=True, slots=True)
+class SwarmPlan:
+    """What to start."""
+
+    model_dir: Path
+    model_name: str
+    servers: int = 3
+    replicas: int = 1
+    api_port: int = 0
+    dtype: str = "float32"
+    wire: str = "f32"
+    device: str = "cpu"
+    memory_bytes: int | None = None
+    """Each server's offer; None: an equal share of what is available."""
+    cache_tokens: int | None = None
+    swarm_dir: Path | None = None
+    """Kept when given; else a new private directory, removed at the end."""
+
+    def __post_init__(self) -> None:
+        if self.servers < 1 or self.replicas < 1:
+            raise UsageError("A swarm needs at least one server and one replica.", hint="Use --servers 3 --replicas 1.")
+
+
+@dataclass(frozen=True, slots=True)
+class RunningServer:
+    id: str
+    pid: int
+    blocks: str
+
+
+class LocalSwarm:
+    """Use as an async context manager: entering starts everything and waits until it answers, leaving stops it."""
+
+    def __init__(self, plan: SwarmPlan, *, on_progress: Callable[[str], None] = lambda text: None) -> None:
+        self.plan = plan
+        self.api = ""
+        self.key = ""
+        self.servers: list[RunningServer] = []
+        self._progress = on_progress
+        self._children: dict[str, Child] = {}
+        self._own_dir = plan.swarm_dir is None
+        self.swarm_dir = plan.swarm_dir or Path(tempfile.mkdtemp(prefix="swarm-", dir=state_dir()))
+
+    async def __aenter__(self) -> LocalSwarm:
+        try:
+            async with asyncio.timeout(START_TIMEOUT_S):
+                await self._start()
+        except TimeoutError:
+            await self.stop(failed=True)
+            raise ChildFailed(
+                f"The swarm was not ready after {START_TIMEOUT_S:.0f} s.", hint=f"Logs are in {self.swarm_dir}/logs."
+            ) from None
+        except BaseException:
+            await self.stop(failed=True)
+            raise
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        await self.stop(failed=False)
+
+    async def _start(self) -> None:
+        plan = self.plan
+        (self.swarm_dir / "logs").mkdir(parents=True, exist_ok=True)
+        authority = create_ca("local")
+        authority.save(_made(self.swarm_dir / "ca"))
+        gateway_identity = issue_node(authority, "gateway")
+        gateway_identity.save(_made(self.swarm_dir / "nodes" / "gateway"))
+        identities: dict[str, NodeIdentity] = {}
+        for number in range(plan.servers * plan.replicas):
+            name = f"server-{number}"
+            identities[name] = issue_node(authority, "server")
+            identities[name].save(_made(self.swarm_dir / "nodes" / name))
+        gateway = await self._child("gateway", ["gateway-process", *self._gateway_args()])
+        seed = (await gateway.line())["swarm"]
+        self._progress(f"gateway up at {seed}; starting {len(identities)} servers")
+        for name in identities:
+            await self._child(name, ["server-process", *self._server_args(name, seed)])
+        names = {identity.peer.node: name for name, identity in identities.items()}
+        lines = {name: asyncio.create_task(self._children[name].line()) for name in identities}
+        ready = asyncio.create_task(gateway.line())
+        try:
+            await self._until_ready(ready, lines)
+        finally:
+            for task in (ready, *lines.values()):
+                task.cancel()
+            await asyncio.gather(ready, *lines.values(), return_exceptions=True)
+        answer = ready.result()
+        self.api, self.key = answer["api"], answer["key"]
+        self.servers = [
+            RunningServer(node, self._children[name].pid, lines[name].result()["blocks"])
+            for node, name in names.items()
+        ]
+        self.servers.sort(key=lambda server: int(server.blocks.split(":")[0]))
+
+    async def _until_ready(
+        self, ready: asyncio.Task[dict[str, Any]], lines: dict[str, asyncio.Task[dict[str, Any]]]
+    ) -> None:
+        """Wait for the gateway and every server; the first one that fails raises."""
+        waiting = {ready, *lines.values()}
+        while waiting:
+            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+            for name, task in lines.items():
+                if task in done:
+                    self._progress(f"{name} hosts blocks {task.result()['blocks']}")
+
+    async def _child(self, name: str, args: list[str]) -> Child:
+        child = await Child.start(name, args, self.swarm_dir / "logs" / f"{name}.log")
+        self._children[name] = child
+        return child
+
+    def _gateway_args(self) -> list[str]:
+        plan = self.plan
+        return [
+            *("--swarm-dir", str(self.swarm_dir), "--model", str(plan.model_dir), "--name", plan.model_name),
+            *("--servers", str(plan.servers), "--replicas", str(plan.replicas)),
+            *("--port", str(plan.api_port), "--dtype", plan.dtype, "--wire", plan.wire, "--device", plan.device),
+        ]
+
+    def _server_args(self, name: str, seed: str) -> list[str]:
+        plan = self.plan
+        share = int(available_memory() * MEMORY_SHARE) // (plan.servers * plan.replicas)
+        args = [
+            *("--swarm-dir", str(self.swarm_dir), "--node", name, "--seed", seed, "--model", str(plan.model_dir)),
+            *("--dtype", plan.dtype, "--device", plan.device, "--memory", str(plan.memory_bytes or share)),
+        ]
+        return args if plan.cache_tokens is None else [*args, "--cache-tokens", str(plan.cache_tokens)]
+
+    async def ended(self) -> tuple[str, int]:
+        """Wait until any process of the swarm ends: (its name, its exit code, negative for a signal)."""
+        alive = [child for child in self._children.values() if child.process.returncode is None]
+        waits = {asyncio.create_task(child.process.wait()): child for child in alive}
+        done, rest = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for task in rest:
+            task.cancel()
+        task = done.pop()
+        return waits[task].name, task.result()
+
+    async def stop(self, *, failed: bool) -> None:
+        """Stop the gateway, which closes every session, then the servers; keep the logs after a failure."""
+        gateway = self._children.get("gateway")
+        if gateway is not None:
+            await gateway.stop(grace_s=8.0)
+        servers = [child for name, child in self._children.items() if name != "gateway"]
+        await asyncio.gather(*(child.stop(grace_s=5.0) for child in servers))
+        if self._own_dir and not failed:
+            shutil.rmtree(self.swarm_dir, ignore_errors=True)
+
+
+def available_memory() -> int:
+    """Bytes of memory that new processes can use now."""
+    try:
+        with open("/proc/meminfo") as stream:
+            fields = dict(line.split(":", 1) for line in stream)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _made(path: Path) -> Path:
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return path

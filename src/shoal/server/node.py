@@ -1,0 +1,463 @@
+"""One machine's block server: connections in, sessions decided by swarm.serving, rows computed by compute.engine.
+
+Two threads. The event loop owns the network and all decisions and is never behind compute, so pings are answered
+during a long prefill. The compute thread owns the engine; batches and cache changes reach it in order through a
+one-thread executor.
+
+    frame -> cut -> Serving.on_steps -> next_batch --> compute thread: decode, engine.run, encode
+                                                       -> Serving.on_computed -> push to next / result / journal
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shoal.compute import engine as compute
+from shoal.compute.activations import to_numpy, to_torch
+from shoal.compute.facts import ModelFacts, describe
+from shoal.errors import Full, NotFinite, ShoalError
+from shoal.net.directory import LEASE_S, Directory
+from shoal.net.link import Link
+from shoal.net.transport import Conn, Transport
+from shoal.server import probe
+from shoal.server.loader import Loaded, load
+from shoal.spec.ids import BlockRange
+from shoal.swarm import serving as decide
+from shoal.swarm.estimates import Speed
+from shoal.wire import messages as msg
+from shoal.wire import rows as wire_rows
+from shoal.wire import tensors
+
+log = logging.getLogger("shoal.server")
+
+HOUSEKEEPING_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """What one block server is started with."""
+
+    model_dir: Path
+    listen: str
+    """Address to listen on, "tcp://127.0.0.1:0" for any free port."""
+    seeds: tuple[str, ...]
+    blocks: BlockRange | None = None
+    """None: wait until the swarm's planner assigns some."""
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    memory_bytes: int = 4 << 30
+    cache_tokens: int | None = None
+    """None: as much as fits into memory_bytes beside the weights."""
+    exact: bool = True
+    """fp32 decode rows run in tiles, so that a session's numbers do not depend on its company."""
+    threads: int = 1
+    drain_s: float = 20.0
+    """How long a leaving server waits for drivers to move their sessions."""
+
+
+class BlockServer:
+    """A running server. `run` returns after `stop` (drained) or raises what went wrong."""
+
+    def __init__(self, config: ServerConfig, node: str, transport: Transport) -> None:
+        self._config = config
+        self._node = node
+        self._transport = transport
+        self._directory = Directory(node)
+        self._device = torch.device(config.device)
+        self._facts: ModelFacts | None = None
+        self._compute = ThreadPoolExecutor(
+            1, thread_name_prefix="compute", initializer=torch.set_num_threads, initargs=(config.threads,)
+        )
+        self._engine: compute.BlockEngine | None = None
+        self._serving: decide.Serving | None = None
+        self._speed = Speed(0.0, 0.0)
+        self._assigned: asyncio.Future[msg.Assign] = asyncio.get_running_loop().create_future()
+        self._work = asyncio.Event()
+        self._stopping = asyncio.Event()
+        self._drivers: dict[str, Outbox] = {}
+        self._pushes: dict[str, Link] = {}
+
+    def stop(self) -> None:
+        """Leave politely: refuse new sessions, ask drivers to move, end when they have or after drain_s."""
+        self._stopping.set()
+
+    async def run(self, *, on_online: Callable[[BlockRange], None] = lambda blocks: None) -> None:
+        """Join the swarm, get blocks, load them, serve until stopped."""
+        listener = await self._transport.listen(self._config.listen, self._on_conn)
+        gossip = asyncio.create_task(
+            self._directory.rounds(self._transport, self._config.seeds, self._on_seed_message), name="gossip"
+        )
+        try:
+            await self._until_stopped(self._become_online(listener.address, on_online), gossip)
+            if self._serving is not None:
+                await self._until_stopped(self._serve(), gossip)
+                await self._drain()
+        finally:
+            gossip.cancel()
+            await asyncio.gather(gossip, return_exceptions=True)
+            for link in list(self._pushes.values()):
+                await link.close()
+            await listener.close()
+            self._compute.shutdown(wait=False, cancel_futures=True)
+
+    async def _until_stopped(self, work: Coroutine[Any, Any, None], gossip: asyncio.Task[None]) -> None:
+        """Run `work` until it ends, the server is stopped, or gossip fails (which raises)."""
+        main = asyncio.create_task(work)
+        stop = asyncio.create_task(self._stopping.wait())
+        await asyncio.wait([main, stop, gossip], return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        if gossip.done():
+            gossip.result()
+        if main.done():
+            main.result()
+        else:
+            main.cancel()
+            await asyncio.gather(main, return_exceptions=True)
+
+    # --- coming up -------------------------------------------------------------------------------------------
+
+    async def _become_online(self, address: str, on_online: Callable[[BlockRange], None]) -> None:
+        config = self._config
+        facts = self._facts = await self._in_compute(describe, config.model_dir)
+        rates = await self._in_compute(probe.measure, config.dtype, self._device)
+        decode_ms, prefill_ms = rates.block_ms(sum(facts.block_params) // facts.num_blocks)
+        self._directory.publish(
+            msg.Record(
+                node=self._node,
+                incarnation=Directory.incarnation(),
+                version=0,
+                lease_s=LEASE_S,
+                role="server",
+                state="joining",
+                addresses=[address],
+                span=None,
+                pid=os.getpid(),
+                dtype=str(config.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+                decode_ms_per_block=decode_ms,
+                prefill_ms_per_block_token=prefill_ms,
+                memory_bytes=config.memory_bytes,
+                cache_tokens_free=0,
+                cache_tokens_total=0,
+                queue_rows=0,
+                sessions=0,
+            )
+        )
+        blocks = config.blocks
+        if blocks is None:
+            span = (await self._assigned).span
+            blocks = BlockRange(span.start, span.end)
+        span = msg.Span(facts.name, blocks.start, blocks.end)
+        self._directory.update(state="loading", span=span)
+        log.info("loading blocks %s of %s", blocks, facts.name)
+        loaded: Loaded = await self._in_compute(self._load, blocks)
+        self._engine = loaded.engine
+        self._serving = decide.Serving(decide.ServingConfig(facts.name, blocks, loaded.cache_tokens))
+        self._speed = Speed(decode_ms, prefill_ms)
+        await self._in_compute(self._measure_blocks, blocks)
+        self._publish_load(state="online")
+        log.info(
+            "online: blocks %s, %d bytes read, cache for %d tokens, %s",
+            blocks,
+            loaded.bytes_read,
+            loaded.cache_tokens,
+            loaded.engine.packed_reason,
+        )
+        on_online(blocks)
+
+    def _load(self, blocks: BlockRange) -> Loaded:
+        config = self._config
+        return load(
+            config.model_dir,
+            blocks,
+            dtype=config.dtype,
+            device=self._device,
+            memory_bytes=config.memory_bytes,
+            cache_tokens=config.cache_tokens,
+            exact=config.exact and config.dtype == torch.float32,
+        )
+
+    def _measure_blocks(self, blocks: BlockRange) -> None:
+        """Run a few random rows through the loaded blocks: the first measured speed, and warm kernels."""
+        assert self._engine is not None
+        assert self._facts is not None
+        session = b"\0" * 16
+        position = 0
+        self._engine.open(session, blocks, 128)
+        for rows in (64, 1, 1, 1):
+            hidden = torch.randn(rows, self._facts.hidden_size, dtype=self._config.dtype, device=self._device)
+            start = time.perf_counter()
+            self._engine.run([compute.Work(session, position, rows)], hidden)
+            self._speed.measured(rows=rows, blocks=len(blocks), took_ms=(time.perf_counter() - start) * 1e3)
+            position += rows
+        self._engine.close(session)
+
+    def _publish_load(self, **fields: object) -> None:
+        serving = self._serving
+        assert serving is not None
+        self._directory.update(
+            decode_ms_per_block=self._speed.decode_ms_per_block,
+            prefill_ms_per_block_token=self._speed.prefill_ms_per_block_token,
+            cache_tokens_free=serving.pool.free_tokens,
+            cache_tokens_total=serving.pool.total_tokens,
+            queue_rows=serving.queue_rows,
+            sessions=serving.sessions,
+            **fields,
+        )
+
+    async def _in_compute(self, function: Callable[..., Any], *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._compute, function, *args)
+
+    # --- messages in -----------------------------------------------------------------------------------------
+
+    def _on_seed_message(self, node: str, message: msg.Message, body: memoryview) -> None:
+        if isinstance(message, msg.Assign) and not self._assigned.done():
+            self._assigned.set_result(message)
+
+    async def _on_conn(self, conn: Conn) -> None:
+        """Serve one incoming connection, a driver's or an upstream server's, until it ends."""
+        node = conn.peer.node
+        outbox = Outbox(conn)
+        drives = conn.peer.role in ("client", "gateway")
+        if drives:
+            self._drivers[node] = outbox
+        try:
+            while True:
+                message, body = await conn.receive()
+                if isinstance(message, msg.Sync):
+                    answer = self._directory.on_sync(message)
+                    if answer is not None:
+                        outbox.put(answer)
+                elif self._serving is not None:
+                    self._perform(self._decide(self._serving, node, message, body))
+        finally:
+            await outbox.close()
+            if drives and self._drivers.get(node) is outbox:
+                del self._drivers[node]
+                if self._serving is not None:
+                    self._perform(self._serving.on_driver_lost(node, time.monotonic()))
+
+    def _decide(
+        self, serving: decide.Serving, node: str, message: msg.Message, body: memoryview
+    ) -> Sequence[decide.Action]:
+        now = time.monotonic()
+        match message:
+            case msg.Step(items, tensor):
+                actions = serving.on_steps(wire_rows.cut(items, tensor, body), now)
+                self._work.set()
+                return actions
+            case msg.Open():
+                return serving.on_open(node, message, now)
+            case msg.Relink():
+                return serving.on_relink(node, message, now)
+            case msg.Close(sessions):
+                return serving.on_close(node, sessions, now)
+        return ()
+
+    # --- actions out -----------------------------------------------------------------------------------------
+
+    def _perform(self, actions: Sequence[decide.Action]) -> None:
+        for action in actions:
+            match action:
+                case decide.Emit():
+                    self._emit(action)
+                case decide.Reply(node, message):
+                    if (outbox := self._drivers.get(node)) is not None:
+                        outbox.put(message)
+                case decide.OpenCache(session, blocks, max_tokens):
+                    self._submit(self._open_cache, session, blocks, max_tokens)
+                case decide.DropCache(session):
+                    self._submit(self._drop_cache, session)
+
+    def _submit(self, function: Callable[..., None], *args: Any) -> None:
+        """Queue a cache change before the next batch. A failure would show in that batch; here it is only logged."""
+        self._compute.submit(function, *args).add_done_callback(_log_failure)
+
+    def _emit(self, emit: decide.Emit) -> None:
+        items = [item for item, _ in emit.items]
+        tensor, buffers = wire_rows.join([rows for _, rows in emit.items])
+        if emit.hop is not None:
+            self._push_link(emit.hop).send(msg.Step(items, tensor), buffers)
+            return
+        outbox = self._drivers.get(emit.node)
+        if outbox is None:
+            return
+        if emit.journal_block is None:
+            outbox.put(msg.Result(items, tensor), buffers)
+        else:
+            outbox.put(msg.Journal(emit.journal_block, items, tensor), buffers)
+
+    def _push_link(self, hop: msg.Hop) -> Link:
+        link = self._pushes.get(hop.node)
+        if link is None or link.lost:
+            link = self._pushes[hop.node] = Link(
+                self._transport,
+                hop.node,
+                hop.addresses,
+                on_message=lambda node, message, body: None,  # a next server answers drivers, never us
+                on_lost=self._on_push_lost,
+            )
+        return link
+
+    def _on_push_lost(self, node: str, cause: str) -> None:
+        log.info("push link to %s lost: %s", node, cause)
+        if self._serving is not None:
+            self._perform(self._serving.on_push_lost(node))
+
+    def _open_cache(self, session: bytes, blocks: BlockRange, max_tokens: int) -> None:
+        assert self._engine is not None
+        self._engine.open(session, blocks, max_tokens)
+
+    def _drop_cache(self, session: bytes) -> None:
+        assert self._engine is not None
+        self._engine.close(session)
+
+    # --- computing -------------------------------------------------------------------------------------------
+
+    async def _serve(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._compute_loop())
+            group.create_task(self._housekeeping())
+
+    async def _compute_loop(self) -> None:
+        serving = self._serving
+        assert serving is not None
+        running: tuple[list[decide.Work], asyncio.Future[Any]] | None = None
+        while True:
+            if running is None:
+                running = self._start_batch(serving)
+            if running is None:
+                self._work.clear()
+                await self._work.wait()
+                continue
+            works, future = running
+            try:
+                outputs, took_ms = await future
+            except (ShoalError, RuntimeError, ValueError, LookupError) as error:
+                # The numbers went wrong or memory ran out: these sessions move elsewhere, the others go on.
+                log.error("a batch of %d sessions failed: %s", len(works), type(error).__name__, exc_info=True)
+                running = None
+                self._perform(serving.on_failed(works, _public(error), time.monotonic()))
+                continue
+            actions = serving.on_computed(works, outputs, time.monotonic())
+            running = self._start_batch(serving)  # before sending: the compute thread must not wait for the network
+            self._perform(actions)
+            self._note_speed(works, took_ms)
+
+    def _start_batch(self, serving: decide.Serving) -> tuple[list[decide.Work], asyncio.Future[Any]] | None:
+        works = serving.next_batch(time.monotonic())
+        if not works:
+            return None
+        return works, asyncio.get_running_loop().run_in_executor(self._compute, self._run, works)
+
+    def _run(self, works: Sequence[decide.Work]) -> tuple[list[wire_rows.Rows], float]:
+        """In the compute thread: received rows -> engine -> rows to send, in the format they came in."""
+        assert self._engine is not None
+        start = time.perf_counter()
+        hidden = [_to_torch(rows, self._config.dtype, self._device) for rows in (work.payload for work in works)]
+        batch = [compute.Work(work.session, work.item.position, work.item.rows) for work in works]
+        out = self._engine.run(batch, hidden[0] if len(hidden) == 1 else torch.cat(hidden))
+        array = to_numpy(out)
+        encoded: dict[msg.WireType, wire_rows.Rows] = {}
+        outputs = []
+        at = 0
+        for work in works:
+            kind = work.payload.dtype
+            if kind not in encoded:
+                tensor, buffers = tensors.encode(array, kind)
+                encoded[kind] = wire_rows.Rows(kind, tensor.width, tensor.rows, buffers[0])
+            outputs.append(encoded[kind][at : at + work.item.rows])
+            at += work.item.rows
+        return outputs, (time.perf_counter() - start) * 1e3
+
+    def _note_speed(self, works: Sequence[decide.Work], took_ms: float) -> None:
+        assert self._serving is not None
+        rows = sum(work.item.rows for work in works)
+        self._speed.measured(rows=rows, blocks=len(self._serving.config.blocks), took_ms=took_ms)
+
+    async def _housekeeping(self) -> None:
+        serving = self._serving
+        assert serving is not None
+        while True:
+            await asyncio.sleep(HOUSEKEEPING_S)
+            self._perform(serving.expire(time.monotonic()))
+            self._publish_load()
+
+    # --- leaving ---------------------------------------------------------------------------------------------
+
+    async def _drain(self) -> None:
+        """Say goodbye: drivers rebuild their sessions elsewhere while we still finish what is under way."""
+        serving = self._serving
+        assert serving is not None
+        self._directory.update(state="draining")
+        self._perform(serving.drain())
+        loop = asyncio.create_task(self._compute_loop())
+        deadline = time.monotonic() + self._config.drain_s
+        while serving.sessions and time.monotonic() < deadline and not loop.done():
+            await asyncio.sleep(0.02)
+        loop.cancel()
+        await asyncio.gather(loop, return_exceptions=True)
+        self._directory.update(state="gone")
+        await asyncio.sleep(0.05)  # one turn of gossip, so that others need not wait for the lease to run out
+
+
+class Outbox:
+    """Messages to the other end of an incoming connection, in order and without blocking the caller."""
+
+    def __init__(self, conn: Conn) -> None:
+        self._conn = conn
+        self._queue: deque[tuple[msg.Message, Sequence[Any]]] = deque()
+        self._filled = asyncio.Event()
+        self._task = asyncio.create_task(self._send(), name=f"outbox to {conn.peer.node}")
+
+    def put(self, message: msg.Message, body: Sequence[Any] = ()) -> None:
+        if not self._queue:
+            try:
+                self._conn.send_nowait(message, body)
+                return
+            except Full:
+                pass  # waits in the queue
+            except ShoalError:
+                return  # the reader of this connection meets the same loss and cleans up
+        self._queue.append((message, body))
+        self._filled.set()
+
+    async def close(self) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _send(self) -> None:
+        with suppress(ShoalError):  # as in put
+            while True:
+                while self._queue:
+                    await self._conn.send(*self._queue[0])
+                    self._queue.popleft()
+                self._filled.clear()
+                await self._filled.wait()
+
+
+def _to_torch(rows: wire_rows.Rows, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if rows.dtype == "bf16":
+        return to_torch(tensors.decode_bf16(rows.tensor, rows.data), dtype, device)
+    return to_torch(tensors.decode(rows.tensor, rows.data), dtype, device)
+
+
+def _log_failure(future: Future[None]) -> None:
+    if not future.cancelled() and (error := future.exception()) is not None:
+        log.error("a cache change failed", exc_info=error)
+
+
+def _public(error: Exception) -> str:
+    """What a driver may know: the kind of failure, no paths and no internals."""
+    return str(error) if isinstance(error, NotFinite) else f"Computing failed on this server ({type(error).__name__})."
