@@ -434,7 +434,16 @@ class Conn:
 
     def lost(self, error: Exception | None) -> None:
         """The byte stream is gone."""
-        self._end(_reason_of_loss(error, self._peer), flush=False)
+        if self._dialed and self._proven is not None and self._peer is None and not isinstance(error, ssl.SSLError):
+            # asyncio's listeners close without sending TLS's alert, so this is all a refused dialer gets to see.
+            reason: ShoalError = Refused(
+                "The other side closed the connection before its Hello: most likely it does not accept this node's "
+                "certificate.",
+                hint="Does this node belong to that swarm, and has its certificate not expired?",
+            )
+        else:
+            reason = _reason_of_loss(error, self._peer)
+        self._end(reason, flush=False)
         if self._timer is not None:
             self._timer.cancel()
         if not self._gone.done():
@@ -529,7 +538,7 @@ def _reason_of_loss(error: Exception | None, peer: Peer | None) -> ShoalError:
         reason = (error.reason or str(error)).replace("_", " ").lower()
         return Refused(
             f"TLS with {who} failed: {reason}.",
-            hint="Use a certificate of this swarm that has not expired (shoal status shows the swarm).",
+            hint="Does this node belong to that swarm, and has its certificate not expired?",
         )
     if error is None:
         return PeerLost(f"The connection was closed by {who}.")

@@ -49,16 +49,20 @@ class MemoryNetwork:
 
 
 class MemoryTransport:
-    """One node's access to a MemoryNetwork. `peer` plays the part of the certificate."""
+    """One node's access to a MemoryNetwork. `peer` plays the part of the certificate; `says` is what the node's Hello
+    claims, for tests of nodes that lie."""
 
-    def __init__(self, network: MemoryNetwork, peer: Peer, settings: ConnSettings | None = None) -> None:
+    def __init__(
+        self, network: MemoryNetwork, peer: Peer, settings: ConnSettings | None = None, *, says: Peer | None = None
+    ) -> None:
         self._network = network
         self._peer = peer
+        self._says = says or peer
         self._settings = settings or ConnSettings()
 
     async def listen(self, address: str, on_conn: OnConn) -> MemoryListener:
         """See Transport.listen."""
-        return MemoryListener(self._network, address, self._peer, self._settings, on_conn)
+        return MemoryListener(self._network, address, self._peer, self._says, self._settings, on_conn)
 
     async def dial(self, addresses: Sequence[str], *, expect_node: str | None = None, timeout_s: float = 5.0) -> Conn:
         """See Transport.dial."""
@@ -66,7 +70,7 @@ class MemoryTransport:
             listener = self._network.listener_at(address)
             if listener is None:
                 continue
-            conn = Conn(self._peer, self._settings, dialed=True, expect_node=expect_node)
+            conn = Conn(self._says, self._settings, dialed=True, expect_node=expect_node)
             listener.connect(conn, self._peer)
             try:
                 async with asyncio.timeout(timeout_s):
@@ -84,10 +88,17 @@ class MemoryListener:
     """See Listener."""
 
     def __init__(
-        self, network: MemoryNetwork, address: str, peer: Peer, settings: ConnSettings, on_conn: OnConn
+        self,
+        network: MemoryNetwork,
+        address: str,
+        peer: Peer,
+        says: Peer,
+        settings: ConnSettings,
+        on_conn: OnConn,
     ) -> None:
         self._network = network
         self._peer = peer
+        self._says = says
         self._settings = settings
         self._acceptor = Acceptor(on_conn)
         self._address = network.add(address, self)
@@ -98,7 +109,7 @@ class MemoryListener:
 
     def connect(self, dialer: Conn, dialing: Peer) -> None:
         """Join `dialer` to a new connection on this side."""
-        accepted = Conn(self._peer, self._settings, dialed=False)
+        accepted = Conn(self._says, self._settings, dialed=False)
         self._network.links.append(MemoryLink((dialer, dialing), (accepted, self._peer)))
         self._acceptor.admit(_ready(accepted))
 

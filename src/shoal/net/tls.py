@@ -65,8 +65,8 @@ class TlsTransport:
     async def _dial_one(self, address: Address, expect_node: str | None) -> Conn:
         conn = Conn(self._identity.peer, self._settings, dialed=True, expect_node=expect_node)
         try:
-            transport, _ = await asyncio.get_running_loop().create_connection(
-                lambda: ConnProtocol(conn, _prove),
+            await asyncio.get_running_loop().create_connection(
+                lambda: _TlsProtocol(conn, _prove),
                 address.host,
                 address.port,
                 ssl=self._client_context,
@@ -74,14 +74,14 @@ class TlsTransport:
                 ssl_shutdown_timeout=_SHUTDOWN_TIMEOUT_S,
             )
         except ssl.SSLError as error:
+            reason = getattr(error, "verify_message", None) or error.reason or str(error)
             raise Refused(
-                f"The certificate at {address} is not accepted: {error.reason or error}.",
+                f"The certificate at {address} is not accepted: {reason}.",
                 hint="Does that node belong to this swarm, and has its certificate not expired?",
             ) from error
         except OSError as error:
             raise PeerLost(error.strerror or str(error)) from error
         try:
-            _without_delay(transport)
             await conn.greeted()
         except BaseException:
             # Whoever waits for this dial never gets the connection, so nobody else would close it.
@@ -147,14 +147,13 @@ class TlsListener:
     async def _handshake(self, sock: socket.socket) -> Conn:
         conn = Conn(self._peer, self._settings, dialed=False)
         try:
-            transport, _ = await asyncio.get_running_loop().connect_accepted_socket(
-                lambda: ConnProtocol(conn, _prove),
+            await asyncio.get_running_loop().connect_accepted_socket(
+                lambda: _TlsProtocol(conn, _prove),
                 sock,
                 ssl=self._context,
                 ssl_handshake_timeout=self._settings.greeting_timeout_s,
                 ssl_shutdown_timeout=_SHUTDOWN_TIMEOUT_S,
             )
-            _without_delay(transport)
             # Still a stranger until its Hello fits its certificate.
             await conn.greeted()
         except OSError as error:
@@ -167,6 +166,13 @@ class TlsListener:
         return conn
 
 
+class _TlsProtocol(ConnProtocol):
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # asyncio sets this on most paths, uvloop on fewer; Nagle would hold a small frame for up to 40 ms.
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        super().connection_made(transport)
+
+
 def _prove(transport: asyncio.BaseTransport) -> Peer:
     """Who the other side is, from the certificate that TLS has verified."""
     tls = transport.get_extra_info("ssl_object")
@@ -174,13 +180,6 @@ def _prove(transport: asyncio.BaseTransport) -> Peer:
     if not der:
         raise Refused("The peer showed no certificate.")
     return peer_of_certificate(der)
-
-
-def _without_delay(transport: asyncio.BaseTransport) -> None:
-    sock = transport.get_extra_info("socket")
-    if sock is not None:
-        # asyncio sets this on most paths, uvloop on fewer; Nagle would hold a small frame for up to 40 ms.
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 async def _bind(address: Address) -> socket.socket:
