@@ -244,10 +244,14 @@ def test_unknown_fields_are_accepted_and_listed(client: openai.OpenAI) -> None:
 
 
 def test_an_explicit_null_is_the_same_as_an_absent_field(gateway: Gateway, client: openai.OpenAI) -> None:
-    names = (
-        "stream stream_options n max_tokens max_completion_tokens temperature top_p seed stop presence_penalty "
-        "frequency_penalty logit_bias logprobs top_logprobs response_format tools functions modalities user"
-    ).split()
+    # fmt: off
+    names = [
+        "stream", "stream_options", "n", "max_tokens", "max_completion_tokens", "temperature",
+        "top_p", "seed", "stop", "presence_penalty", "frequency_penalty", "logit_bias",
+        "logprobs", "top_logprobs", "response_format", "tools", "functions", "modalities",
+        "user",
+    ]
+    # fmt: on
     fields = {"model": MODEL, "messages": [{"role": "user", "content": "hi", "name": None}]}
     with gateway.http() as raw:
         answer = raw.post("/v1/chat/completions", json=fields | dict.fromkeys(names))

@@ -120,11 +120,11 @@ def test_a_chain_lost_for_good_is_an_error_in_the_stream_and_not_its_end(
     gateway: Gateway, client: openai.OpenAI
 ) -> None:
     gateway.chatty.does(40, 41, SwarmIncomplete("Blocks 4 to 7 were lost and nobody else hosts them."))
-    text = ""
+    seen = []
+    stream = client.chat.completions.create(model=MODEL, messages=HI, stream=True)
     with pytest.raises(openai.APIError, match="Blocks 4 to 7 were lost") as caught:
-        for chunk in client.chat.completions.create(model=MODEL, messages=HI, stream=True):
-            text += chunk.choices[0].delta.content or ""
-    assert text == gateway.chatty.tokenizer.decode([40, 41])
+        seen.extend(chunk.choices[0].delta.content for chunk in stream)
+    assert "".join(seen) == gateway.chatty.tokenizer.decode([40, 41])
     assert caught.value.code == "swarm_incomplete"
     last = lines(gateway, messages=HI)[-1]
     assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"

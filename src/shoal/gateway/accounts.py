@@ -100,6 +100,8 @@ class Accounts:
 
     def check(self, key: str) -> Account | None:
         """Whose key this is, or None. The secret part is compared in constant time."""
+        if not key.isascii():  # no key of ours, and SQLite takes no half surrogates
+            return None
         digest = _digest(key)
         for row in self._db.execute("SELECT * FROM keys WHERE prefix = ?", (key[:_PREFIX_CHARS],)):
             if hmac.compare_digest(row[3], digest):
@@ -108,7 +110,7 @@ class Accounts:
 
 
 def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+    return hashlib.sha256(key.encode()).digest()
 
 
 def _account(row: tuple[int, str, str, bytes, str | None, int]) -> Account:

@@ -30,7 +30,7 @@ from shoal.gateway.served import Tokenizer
 RENDER_TIMEOUT_S = 2.0
 MAX_TEMPLATE_CHARS = 256 * 1024
 MAX_TEXT_CHARS = 8 * 1024 * 1024
-MAX_POWER = 64
+MAX_NUMBER_BITS = 4096
 
 _PADDING_METHODS = frozenset({"center", "expandtabs", "ljust", "rjust", "zfill"})
 _WIDE_FORMAT = re.compile(r"\d{4}")
@@ -118,8 +118,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return super().call(__context, __obj, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**" and isinstance(right, int | float) and abs(right) > MAX_POWER:
-            raise TemplateError(f"a power above {MAX_POWER}")
+        integers = isinstance(left, int) and isinstance(right, int)
+        if operator == "**" and integers and left.bit_length() * right > MAX_NUMBER_BITS:
+            raise TemplateError(f"a number of more than {MAX_NUMBER_BITS} bits")
         if operator == "*":
             size = max(_length(left) * right if isinstance(right, int) else 0,
                        _length(right) * left if isinstance(left, int) else 0)  # fmt: skip

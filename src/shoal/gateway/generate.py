@@ -77,8 +77,9 @@ class OfferedModel:
             wanted = limit or min(default, max(room, 1))
             if wanted > room:
                 raise ContextTooLong(
-                    f"This model's maximum context length is {self.served.context_length} tokens. However, you requested "
-                    f"{len(prompt) + wanted} tokens ({len(prompt)} in the prompt, {wanted} in the completion).",
+                    f"This model's maximum context length is {self.served.context_length} tokens. However, you "
+                    f"requested {len(prompt) + wanted} tokens ({len(prompt)} in the prompt, "
+                    f"{wanted} in the completion).",
                     hint="Shorten the prompt or ask for fewer tokens.",
                 )
             lengths.append(wanted)

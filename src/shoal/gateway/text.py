@@ -114,8 +114,9 @@ class _WindowStream:
         if held < _MAX_HELD_TOKENS and (text.endswith("�") or len(text) <= len(self._shown_text)):
             return ""
         new = text[len(self._shown_text) :]
-        self._tokens = self._tokens[-max(held, _CONTEXT_TOKENS) :]
-        self._shown = len(self._tokens)
+        # What was just shown begins at a character's first byte, so it is a safe left end for the window.
+        self._tokens = self._tokens[self._shown :]
+        self._shown = held
         self._shown_text = self._vocabulary.decode(self._tokens)
         return new
 
