@@ -35,12 +35,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import ContextManagers
 
 from shoal.compute import quirks
 from shoal.compute.anatomy import Anatomy, LayerNumbers, PerLayerConfig, depth, examine, text_config
+from shoal.compute.hybrid import HybridStageCache
 from shoal.compute.weights import Checkpoint, load_into, read_config
 from shoal.errors import CannotSplit, ModelError, UsageError
 from shoal.spec.ids import BlockRange
@@ -67,11 +68,14 @@ class _Body:
         self.anatomy = anatomy
         self.blocks = blocks
         self.layers: list[nn.Module] = list(anatomy.layers)[blocks.start : blocks.end]
+        self.borders = quirks.cut_points(text_config(model.config), len(anatomy.layers))
         self.config_lists = PerLayerConfig(model, len(anatomy.layers))
         self.layer_numbers = LayerNumbers(anatomy.layers)
         anatomy.replace_layers(self.layers)
         accepted = inspect.signature(anatomy.decoder.forward).parameters
         self.cache_name = "cache_params" if "cache_params" in accepted else "past_key_values"
+        if self.cache_name not in accepted:
+            raise CannotSplit(f"{type(model).__name__} keeps no cache, so it cannot go on token by token.")
         self.takes_position_ids = "position_ids" in accepted
         self.incoming: torch.Tensor | None = None
         self._shown: BlockRange | None = None
@@ -99,7 +103,7 @@ class _Body:
         return args, {**kwargs, "hidden_states": self.incoming}
 
     def _extract(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        raise _Reached(output[0] if isinstance(output, tuple) else output)
+        raise _Reached(output[0] if isinstance(output, tuple | list) else output)
 
     def run(
         self, hidden: torch.Tensor, position_ids: torch.Tensor | None, cache: Any, arguments: dict[str, Any]
@@ -111,7 +115,8 @@ class _Body:
         self.incoming = hidden
         try:
             # The forward wants embeddings to learn shape, dtype and device; what it makes of them is thrown away.
-            self.anatomy.decoder(inputs_embeds=hidden, **arguments)
+            # Not `hidden` itself: CTRL scales its embeddings in place.
+            self.anatomy.decoder(inputs_embeds=torch.zeros_like(hidden), **arguments)
         except _Reached as reached:
             return reached.hidden
         finally:
@@ -188,19 +193,24 @@ class Stage:
         self._body.show(self.blocks)
         if attention_mask is not None:
             arguments["attention_mask"] = attention_mask
-        return self._body.run(hidden, position_ids, cache, arguments)
+        output = self._body.run(hidden, position_ids, cache, arguments)
+        if isinstance(cache, HybridStageCache):
+            cache.tokens += hidden.shape[1]
+        return output
 
     def new_cache(self) -> Cache:
         """An empty cache with one slot per layer of this stage (sliding windows keep only their window)."""
-        return DynamicCache(config=self.config)
+        return HybridStageCache(self.config)
 
     def narrow(self, blocks: BlockRange) -> Stage:
         """A view on a sub-range, sharing the layers: for a chain that enters or leaves in the middle of a span.
 
-        Its cache slots count from its own first layer. Raises UsageError when `blocks` is not part of this stage.
+        Its cache slots count from its own first layer. Raises UsageError when `blocks` is not part of this stage,
+        CannotSplit when the family cannot be cut there.
         """
         if blocks not in self.blocks:
             raise UsageError(f"Blocks {blocks} are not part of this stage, which holds {self.blocks}.")
+        _check_borders(self.model.config, blocks, self._body.borders)
         return Stage(self._body, blocks, bytes_read=self.bytes_read)
 
 
@@ -294,7 +304,7 @@ class Ends:
 
     def _after_layers(self, rows: torch.Tensor) -> torch.Tensor:
         """rows [N, 1, H] -> [N, 1, V]."""
-        arguments: dict[str, Any] = {"inputs_embeds": rows, "use_cache": False}
+        arguments: dict[str, Any] = {"inputs_embeds": torch.zeros_like(rows), "use_cache": False}
         if self._takes_position_ids:
             arguments["position_ids"] = torch.zeros(rows.shape[:2], dtype=torch.long, device=rows.device)
         self._doorway.outgoing = rows
@@ -332,7 +342,7 @@ def check_splittable(config: PretrainedConfig) -> None:
 
 
 def cut_points(config: PretrainedConfig) -> list[int]:
-    """All borders where the model may be cut, with 0 and the number of layers. Raises CannotSplit like check_splittable."""
+    """All borders where the model may be cut, with 0 and the number of layers. Raises CannotSplit."""
     check_splittable(config)
     return quirks.cut_points(text_config(config), depth(config))
 
@@ -345,9 +355,17 @@ def check_range(config: PretrainedConfig, blocks: BlockRange) -> None:
             f"Blocks {blocks} lie outside the model, which has {count} blocks.",
             hint=f"Ask for blocks within 0:{count}.",
         )
-    reason = quirks.illegal_range(text_config(config), blocks)
-    if reason:
-        raise CannotSplit(f"Blocks {blocks} of a {config.model_type!r} model cannot stand alone: {reason}.")
+    _check_borders(config, blocks, quirks.cut_points(text_config(config), count))
+
+
+def _check_borders(config: PretrainedConfig, blocks: BlockRange, allowed: list[int]) -> None:
+    for border in (blocks.start, blocks.end):
+        if border not in allowed:
+            raise CannotSplit(
+                f"A {config.model_type!r} model of this shape cannot be cut at block {border}: that block uses what "
+                "the block before it computed besides the hidden state.",
+                hint=f"Cut at one of {', '.join(map(str, allowed))}.",
+            )
 
 
 def build_stage(
@@ -366,6 +384,7 @@ def build_stage(
     check_splittable(config)
     check_range(config, blocks)
     checkpoint = Checkpoint(model_dir)
+    _check_unlisted(config)
     model = build_skeleton(config, dtype)
     anatomy = examine(model)
 
@@ -385,6 +404,7 @@ def build_ends(
     config = read_config(model_dir)
     check_splittable(config)
     checkpoint = Checkpoint(model_dir)
+    _check_unlisted(config)
     model = build_skeleton(config, dtype)
     anatomy = examine(model)
 
@@ -398,6 +418,13 @@ def build_ends(
     ends = Ends(model, anatomy, bytes_read=checkpoint.bytes_read)
     ends.eos_ids |= _generation_eos_ids(Path(model_dir))
     return ends
+
+
+def _check_unlisted(config: PretrainedConfig) -> None:
+    # Imported here because the check itself cuts a (tiny) model with this module.
+    from shoal.compute.selfcheck import require_exact
+
+    require_exact(config)
 
 
 def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

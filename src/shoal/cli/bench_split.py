@@ -1,0 +1,54 @@
+"""`shoal bench split`: is a cut model the whole model, family by family?"""
+
+from __future__ import annotations
+
+import click
+
+from shoal.cli import output
+
+
+@click.command()
+@click.option("--family", "families", multiple=True, metavar="NAME", help="Only this family; may be repeated.")
+@click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1, ...")
+@click.option("--json", "as_json", is_flag=True, help="Print one array with all results.")
+def split(families: tuple[str, ...], device: str, as_json: bool) -> int:
+    """Cut tiny random models of many decoder families in three and compare with the whole model.
+
+    Exit code 1 when a family is further from the whole model than its bar: 0.0 on a CPU for the stages, 1e-5 for
+    sessions packed in one forward.
+    """
+    from dataclasses import asdict
+
+    from shoal.bench.split import DEVICE_BAR, PACKED_BAR, run
+    from shoal.compute.device import quiet_libraries, resolve_device
+    from shoal.compute.families import ROUNDED_GRADIENTS, check_family
+
+    for name in families:
+        check_family(name)
+    place = resolve_device(device)
+    quiet_libraries()
+    bar = 0.0 if place.type == "cpu" else DEVICE_BAR
+    results, misses = [], 0
+    if not as_json:
+        output.note(f"Bars: {bar:g} cut against whole, {max(bar, PACKED_BAR):g} packed. Device: {place}.")
+    for result in run(families, device=place):
+        results.append(asdict(result))
+        missed = not result.within(max(bar, ROUNDED_GRADIENTS.get(result.family, 0.0)))
+        misses += missed
+        if not as_json:
+            output.answer(_line(result) + ("  MISSES ITS BAR" if missed else ""))
+    if as_json:
+        output.answer_json(results)
+    else:
+        cut = sum(1 for result in results if result["refused"] is None)
+        packed = sum(1 for result in results if result["packed_max_abs_diff"] is not None)
+        output.note(f"{cut} families cut, {packed} of them packed, {len(results) - cut} refused, {misses} missed.")
+    return 1 if misses else 0
+
+
+def _line(result: object) -> str:
+    family, diff = result.family, result.max_abs_diff  # type: ignore[attr-defined]
+    packed, refused = result.packed_max_abs_diff, result.refused  # type: ignore[attr-defined]
+    if refused is not None:
+        return f"{family:22} refused: {refused}"
+    return f"{family:22} {diff:8.1e}   packed {'one at a time' if packed is None else format(packed, '.1e')}"
