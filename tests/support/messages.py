@@ -98,6 +98,6 @@ def samples() -> list[tuple[Message, bytes]]:
         (Relinked(SESSION, 4, 99), b""),
         (Close([SESSION]), b""),
         (Gone([SESSION], "expired", "Not used for 600 s."), b""),
-        (Sync({NODE: (1_700_000_000, 7)}, [RECORD], True), b""),
+        (Sync({NODE: (1_700_000_000, 7)}, [RECORD], 2), b""),
         (Assign(Span("demo", 4, 8), "No live server hosts blocks 4:8."), b""),
     ]

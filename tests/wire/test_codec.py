@@ -72,7 +72,7 @@ def test_a_malformed_message_is_refused_and_named(kind: int, meta: bytes, says: 
 def test_a_nan_in_a_record_is_refused() -> None:
     for name in ("lease_s", "decode_ms_per_block", "prefill_ms_per_block_token"):
         record = msgspec.structs.replace(RECORD, **{name: float("nan")})
-        kind, meta = codec.encode(Sync({}, [record], False))
+        kind, meta = codec.encode(Sync({}, [record], 0))
         with pytest.raises(ProtocolError, match="malformed Sync"):
             codec.decode(kind, meta, 0)
 
@@ -93,7 +93,7 @@ def test_items_that_do_not_add_up_are_refused() -> None:
 
 def test_a_message_that_fits_no_frame_is_refused_before_it_is_sent() -> None:
     with pytest.raises(ValueError, match=f"room for {MAX_META_BYTES}"):
-        codec.encode(Sync({}, [RECORD] * 1000, False))
+        codec.encode(Sync({}, [RECORD] * 1000, 0))
 
 
 def test_lanes_follow_who_is_waiting() -> None:
@@ -102,7 +102,7 @@ def test_lanes_follow_who_is_waiting() -> None:
     assert codec.lane(step(4)[0]) is Lane.URGENT
     assert codec.lane(step(512, width=1024)[0]) is Lane.BULK
     assert codec.lane(journal(1)[0]) is Lane.JOURNAL
-    assert codec.lane(Sync({}, [], True)) is Lane.JOURNAL
+    assert codec.lane(Sync({}, [], 2)) is Lane.JOURNAL
     assert codec.lane(Close([SESSION])) is Lane.CONTROL
     assert codec.order_keys(step(4)[0]) == (SESSION,)
     assert codec.order_keys(Close([SESSION])) == ()

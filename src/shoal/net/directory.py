@@ -86,7 +86,7 @@ class Directory:
                         link = links[seed] = Link(
                             transport, seed, [seed], on_message=heard, on_lost=_ignore, expect_node=False
                         )
-                    link.send(self.view.sync(time.monotonic()))
+                    link.send(self.view.sync())
                 self._changed.clear()
                 try:
                     async with asyncio.timeout(ROUND_S):

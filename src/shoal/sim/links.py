@@ -78,13 +78,41 @@ class End:
 
     def arrive(self, message: Any, body: Body) -> None:
         if self.open:
+            if self.network.world.trace is not None and not isinstance(message, msg.Sync):
+                self.network.world.note(f"{self.peer.name} > {self.owner.name}: {_describe(message)}")
             self.on_frame(self, message, body)
 
     def lose(self, cause: str) -> None:
         """This side learns that the connection is over."""
         if self.open:
             self.open = False
+            self.network.world.note(f"{self.owner.name} loses its connection with {self.peer.name}: {cause}")
             self.on_lost(self, cause)
+
+
+def _describe(message: msg.Message) -> str:
+    """A frame in a line of the trace; sessions by their first two bytes."""
+    name = type(message).__name__
+    if isinstance(message, msg.Step | msg.Result | msg.Journal):
+        block = f" for block {message.block}" if isinstance(message, msg.Journal) else ""
+        items = [f"{item.session[:2].hex()} {item.position}+{item.rows}" for item in message.items]
+        return f"{name}{block} {', '.join(items)}"
+    if isinstance(message, msg.Close | msg.Gone):
+        code = f" {message.code}" if isinstance(message, msg.Gone) else ""
+        return f"{name}{code} {', '.join(session[:2].hex() for session in message.sessions)}"
+    if isinstance(message, msg.Open | msg.Opened | msg.Denied | msg.Relink | msg.Relinked):
+        text = f"{name} {message.session[:2].hex()} epoch {message.epoch}"
+        if isinstance(message, msg.Open):
+            text += f" blocks {message.start}:{message.end}, forward {message.forward_from}"
+            text += f", journal {message.journal_from}"
+        if isinstance(message, msg.Open | msg.Relink):
+            text += f", next {message.next.node if message.next else 'driver'}"
+        if isinstance(message, msg.Relinked):
+            text += f" from {message.position}"
+        if isinstance(message, msg.Denied):
+            text += f" {message.code}"
+        return text
+    return name
 
 
 def _ignore_frame(end: End, message: msg.Message, body: Body) -> None:

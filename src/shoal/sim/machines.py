@@ -217,7 +217,7 @@ class Node(Machine):
         """Renew the lease and sync with two of the nodes we were told about."""
         self.publish()
         for seed in self.world.rng.sample(self.seeds, min(2, len(self.seeds))):
-            self.send(seed, self.view.sync(self.now()))
+            self.send(seed, self.view.sync())
         self.on_round()
         self.after(ROUND_S * self.world.rng.uniform(0.9, 1.1), self._round, background=True)
 
@@ -326,7 +326,7 @@ class Server(Node):
         self._carry_out(self.serving.drain())
         self.publish()
         for seed in self.seeds:
-            self.send(seed, self.view.sync(self.now()))
+            self.send(seed, self.view.sync())
 
     # -- decisions carried out --------------------------------------------------------------------------------------
 
@@ -485,10 +485,10 @@ class Driver(Node):
         now, node = self.now(), end.peer.name
         if isinstance(message, msg.Result):
             for item, payload in _split(message.items, body):
-                self._each([item.session], session.Session.on_result, item, payload, now)
+                self._each([item.session], session.Session.on_result, node, item, payload, now)
         elif isinstance(message, msg.Journal):
             for item, payload in _split(message.items, body):
-                self._each([item.session], session.Session.on_journal, message.block, item, payload, now)
+                self._each([item.session], session.Session.on_journal, node, message.block, item, payload, now)
         elif isinstance(message, msg.Gone):
             self._each(message.sessions, session.Session.on_message, node, message, now)
         elif isinstance(message, msg.Opened | msg.Relinked | msg.Denied):

@@ -275,14 +275,14 @@ class Session:
             return []
         if isinstance(message, msg.Opened) and message.epoch == stage.epoch:
             stage.answered = not stage.relinking
-            return self._maybe_live()
+            return self._maybe_live(now)
         if isinstance(message, msg.Relinked) and message.epoch == self._epoch and stage.relinking:
             stage.relinking = False
             stage.answered = True
             at = self._stages.index(stage)
             if at + 1 < len(self._stages):
                 self._stages[at + 1].relay_until = message.position
-            return self._maybe_live()
+            return self._maybe_live(now)
         if isinstance(message, msg.Denied) and message.epoch == self._epoch:
             if message.code == "full":
                 self._full_retry_s = message.retry_after_s
@@ -536,7 +536,7 @@ class Session:
         borders = {border for stage in stages for border in (stage.hop.blocks.start, stage.hop.blocks.end)}
         for block in [block for block in self._logs if block not in borders]:
             del self._logs[block]
-        return actions + self._maybe_live()
+        return actions + self._maybe_live(now)
 
     def _processed_by(self, after: _Stage | None) -> int:
         """Positions that the next stage has certainly computed; None is ourselves, taking results.
@@ -547,10 +547,11 @@ class Session:
 
     # --- feeding ---------------------------------------------------------------------------------------------
 
-    def _maybe_live(self) -> list[Action]:
+    def _maybe_live(self, now: float) -> list[Action]:
         if not self.live or self._asked_at is None:
             return []
         self._asked_at = None
+        self._progress_at = now  # the new chain owes its outputs from now on, however long the planning took
         self._full_retry_s = None
         self._was_live = True
         actions: list[Action] = []

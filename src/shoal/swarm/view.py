@@ -147,9 +147,10 @@ class View:
 
     # -- gossip -----------------------------------------------------------------------------------------------------
 
-    def digest(self, now: float) -> dict[str, Number]:
-        """The numbers of the records that could be asked for: all but the expired."""
-        return {node: entry.number for node, entry in self._entries.items() if self._spreads(entry, now)}
+    def digest(self) -> dict[str, Number]:
+        """The number of every record kept. The expired are included: a node that started anew with a lower number (its
+        calendar went back) finds its old one there, and outnumbers it."""
+        return {node: entry.number for node, entry in self._entries.items()}
 
     def newer_than(self, digest: Mapping[str, Number], now: float) -> list[Record]:
         """Records that the writer of `digest` lacks, those that have waited longest first, as many as one Sync carries.
@@ -169,23 +170,20 @@ class View:
             chosen.append(entry.record)
         return chosen
 
-    def sync(self, now: float) -> Sync:
+    def sync(self) -> Sync:
         """The first message of a round: what we know, asking for what we lack."""
-        return Sync(digest=self.digest(now), records=[], reply=True)
+        return Sync(digest=self.digest(), records=[], answers=2)
 
     def on_sync(self, message: Sync, now: float) -> Sync | None:
         """Take in a Sync and answer it when it asks for an answer. A round is at most three messages: `sync`, an answer
         with what the first side lacks, and, when the answering side lacks something too, a last one with that."""
         self.merge(message.records, now)
         self._outnumber(message.digest.get(self.self_node, (-1, -1)), now)
-        if not message.reply:
+        if message.answers == 0:
             return None
-        # `records` empty: the other side opened the round, or has nothing for us. In both cases we may ask once. A side
-        # that lacks something of ours got it with this answer, so its own question comes with records or not at all:
-        # no round can go on for ever.
         lack = any(number > self._number(node) for node, number in message.digest.items())
         records = self.newer_than(message.digest, now)
-        return Sync(digest=self.digest(now), records=records, reply=lack and not message.records)
+        return Sync(digest=self.digest(), records=records, answers=message.answers - 1 if lack else 0)
 
     # -- inside -----------------------------------------------------------------------------------------------------
 

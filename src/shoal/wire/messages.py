@@ -125,6 +125,9 @@ class StepItem(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
     session: SessionBytes
     position: Position
     rows: Annotated[int, Meta(ge=1, le=MAX_ROWS)]
+    block: BlockIndex = 0
+    """The block these rows are inputs of (the number of blocks: they are the model's outputs). After a re-plan with
+    other cuts, late rows of the earlier chain may reach a server that now begins elsewhere; this tells them apart."""
 
 
 class Step(_Message, frozen=True, tag=13):
@@ -218,11 +221,12 @@ class Record(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
 
 class Sync(_Message, frozen=True, tag=30):
     """Push-pull gossip. `digest` maps each known node to [incarnation, version]; `records` are those the sender thinks
-    the receiver lacks. The receiver answers with a Sync of its own when `reply` is true."""
+    the receiver lacks. `answers` is how many more messages the round may have: 2 when it is opened, 1 in an answer that
+    asks back, 0 in the last one. The receiver answers unless it is 0."""
 
     digest: dict[NodeText, tuple[Count, Count]]
     records: Annotated[list[Record], Meta(max_length=2048)]
-    reply: bool
+    answers: Annotated[int, Meta(ge=0, le=2)]
 
 
 class Assign(_Message, frozen=True, tag=31):
