@@ -79,7 +79,7 @@ def journal(rows: int, *, position: int = 0, width: int = 70) -> tuple[Journal, 
 
 def samples() -> list[tuple[Message, bytes]]:
     """(message, body) for every kind, in the order of their tags; the rows kinds in all three wire formats."""
-    items = [StepItem(SESSION, 12, 1), StepItem(SESSION[::-1], 0, 2)]
+    items = [StepItem(SESSION, 12, 1, 4), StepItem(SESSION[::-1], 0, 2, 4)]
     f32, f32_body = rows_body(3)
     bf16, bf16_body = rows_body(3, "bf16")
     int8, int8_body = rows_body(3, "int8")

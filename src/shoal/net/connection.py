@@ -152,10 +152,13 @@ class Conn:
             self._waiting_senders[lane].append(room)
             try:
                 await room
-            finally:
-                if not room.done() or room.cancelled():
-                    self._wake_senders()
-        self.send_nowait(message, body, deadline_ms=deadline_ms)
+            except asyncio.CancelledError:
+                self._wake_senders()
+                raise
+        try:
+            self.send_nowait(message, body, deadline_ms=deadline_ms)
+        finally:
+            self._wake_senders()
 
     def send_nowait(self, message: Message, body: Iterable[Buffer] | Buffer = (), *, deadline_ms: int = 0) -> None:
         """`send` without waiting: raises Full while the message's lane is full."""
@@ -394,7 +397,7 @@ class Conn:
         return lane is not Lane.CONTROL and self._writer.queued_bytes(lane) >= self._settings.send_queue_bytes
 
     def _wake_senders(self) -> None:
-        """Let one sender of every lane with room go on; each wakes the next by pushing."""
+        """Let one sender of every lane with room go on; it wakes the next when it has pushed, failed or given up."""
         for lane, waiting in self._waiting_senders.items():
             while waiting and (self._error is not None or not self._is_full(lane)):
                 future = waiting.popleft()
@@ -415,7 +418,7 @@ class Conn:
         late_s = now - self._ticked_at - 2 * self._tick_s
         if late_s > 0:
             # This process itself stood still; what the peer sent meanwhile is still to be read.
-            self._heard_at += late_s + self._tick_s
+            self._heard_at = min(now, self._heard_at + late_s + self._tick_s)
         self._ticked_at = now
         self._timer = self._loop.call_later(self._tick_s, self._tick)
         silent_s = now - self._heard_at

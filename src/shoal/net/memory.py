@@ -22,12 +22,21 @@ class MemoryNetwork:
     """Joins the memory transports of one event loop."""
 
     def __init__(self) -> None:
-        self.links: list[MemoryLink] = []
+        self._links: list[MemoryLink] = []
         self._listeners: dict[str, MemoryListener] = {}
         self._next_port = 40_000
 
+    @property
+    def links(self) -> list[MemoryLink]:
+        """Links that stand, oldest first."""
+        self._links = [link for link in self._links if link.stands]
+        return list(self._links)
+
+    def add_link(self, link: MemoryLink) -> None:
+        self._links = [*self.links, link]
+
     def links_of(self, node: str) -> list[MemoryLink]:
-        """All links that `node` is an end of, oldest first."""
+        """Links that `node` is an end of, oldest first."""
         return [link for link in self.links if node in link.nodes]
 
     def listener_at(self, address: str) -> MemoryListener | None:
@@ -110,7 +119,7 @@ class MemoryListener:
     def connect(self, dialer: Conn, dialing: Peer) -> None:
         """Join `dialer` to a new connection on this side."""
         accepted = Conn(self._says, self._settings, dialed=False)
-        self._network.links.append(MemoryLink((dialer, dialing), (accepted, self._peer)))
+        self._network.add_link(MemoryLink((dialer, dialing), (accepted, self._peer)))
         self._acceptor.admit(_ready(accepted))
 
     async def close(self) -> None:
@@ -135,6 +144,11 @@ class MemoryLink:
     @property
     def frozen(self) -> bool:
         return self._frozen
+
+    @property
+    def stands(self) -> bool:
+        """False once both ends have lost it."""
+        return not all(end.lost for end in self._ends)
 
     def cut(self) -> None:
         """Both sides lose the connection at once, as by a TCP reset."""
@@ -169,7 +183,7 @@ class _MemoryEnd(asyncio.Transport):
         self._scheduled = False
         self._eof_after_queue = False
         self._closing = False
-        self._lost = False
+        self.lost = False
 
     def join(self, other: _MemoryEnd, protocol: asyncio.BufferedProtocol) -> None:
         self._other = other
@@ -177,7 +191,7 @@ class _MemoryEnd(asyncio.Transport):
         self._loop.call_soon(protocol.connection_made, self)
 
     def write(self, data: Any) -> None:
-        if self._closing or self._other._lost:
+        if self._closing or self._other.lost:
             return
         other = self._other
         other._arriving.append(memoryview(bytes(data)))
@@ -188,14 +202,14 @@ class _MemoryEnd(asyncio.Transport):
             self._protocol.pause_writing()
 
     def deliver_soon(self) -> None:
-        if not self._scheduled and not self._lost:
+        if not self._scheduled and not self.lost:
             self._scheduled = True
             self._loop.call_soon(self._deliver)
 
     def _deliver(self) -> None:
         """Hand one write's worth to the protocol, so that many links share the loop fairly."""
         self._scheduled = False
-        if self._lost or self._link.frozen or not self._reading:
+        if self.lost or self._link.frozen or not self._reading:
             return
         if self._arriving:
             buffer = memoryview(self._protocol.get_buffer(-1))
@@ -213,7 +227,7 @@ class _MemoryEnd(asyncio.Transport):
             self.close()
 
     def _on_drained(self, waiting_bytes: int) -> None:
-        if self._writer_paused and waiting_bytes <= self._high_bytes // 4 and not self._lost:
+        if self._writer_paused and waiting_bytes <= self._high_bytes // 4 and not self.lost:
             self._writer_paused = False
             self._protocol.resume_writing()
 
@@ -243,7 +257,7 @@ class _MemoryEnd(asyncio.Transport):
 
     def lose(self, error: Exception | None) -> None:
         """This end is gone, for the reason `error` (None: closed)."""
-        if not self._lost:
-            self._lost = self._closing = True
+        if not self.lost:
+            self.lost = self._closing = True
             self._arriving.clear()
             self._protocol.connection_lost(error)

@@ -10,7 +10,6 @@ listener's Hello, which follows its check, makes a connection.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import socket
 import ssl
@@ -73,6 +72,7 @@ class TlsTransport:
                 ssl_handshake_timeout=self._settings.greeting_timeout_s,
                 ssl_shutdown_timeout=_SHUTDOWN_TIMEOUT_S,
             )
+            await conn.greeted()
         except ssl.SSLError as error:
             reason = getattr(error, "verify_message", None) or error.reason or str(error)
             raise Refused(
@@ -81,8 +81,6 @@ class TlsTransport:
             ) from error
         except OSError as error:
             raise PeerLost(error.strerror or str(error)) from error
-        try:
-            await conn.greeted()
         except BaseException:
             # Whoever waits for this dial never gets the connection, so nobody else would close it.
             conn.abort()
@@ -109,7 +107,7 @@ class TlsListener:
         self._settings = settings
         self._handshakes = asyncio.Semaphore(_MAX_HANDSHAKES)
         self._acceptor = Acceptor(on_conn)
-        self._accepting = asyncio.ensure_future(self._accept())
+        self._acceptor.spawn(self._accept())
 
     @property
     def address(self) -> str:
@@ -117,13 +115,10 @@ class TlsListener:
 
     async def close(self) -> None:
         """See Listener.close."""
-        self._accepting.cancel()
         try:
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._accepting
+            await self._acceptor.close()
         finally:
             self._sock.close()
-            await self._acceptor.close()
 
     async def _accept(self) -> None:
         loop = asyncio.get_running_loop()

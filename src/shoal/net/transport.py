@@ -8,11 +8,11 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from shoal.errors import ShoalError, UsageError
+from shoal.errors import PeerLost, ProtocolError, Refused, UsageError
 from shoal.net.connection import Conn, ConnSettings, ConnStatistics, Delivery, Heartbeat
 from shoal.net.identity import Peer, Role
 from shoal.wire.frames import Buffer
@@ -99,7 +99,8 @@ class Acceptor:
         self._on_conn = on_conn
         self._max_connections = max_connections
         self._tasks: set[asyncio.Task[None]] = set()
-        self._failure: BaseException | None = None
+        self._first_failure: BaseException | None = None
+        self._latest_failure: BaseException | None = None
 
     @property
     def is_full(self) -> bool:
@@ -107,17 +108,21 @@ class Acceptor:
 
     def admit(self, connect: Awaitable[Conn]) -> None:
         """Own a connection from here on: finish `connect`, greet, handle, close."""
-        task = asyncio.ensure_future(self._run(connect))
+        self.spawn(self._run(connect))
+
+    def spawn(self, work: Coroutine[None, None, None]) -> None:
+        """Own a task from here on: its failure is reported at once and raised by `close`."""
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._done)
 
     async def close(self) -> None:
-        """Cancel and await everything. Raises the first failure of a handler that was not a ShoalError."""
+        """Cancel and await everything. Raises the first failure of a task; a lost or refused peer is none."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._failure is not None:
-            raise self._failure
+        if self._first_failure is not None:
+            raise self._first_failure
 
     async def _run(self, connect: Awaitable[Conn]) -> None:
         conn: Conn | None = None
@@ -125,9 +130,15 @@ class Acceptor:
             conn = await connect
             await conn.greeted()
             await self._on_conn(conn)
-        except ShoalError:
-            # Expected ends: a stranger turned away, a peer lost. The handler has heard of it through receive().
+        except (PeerLost, Refused, ProtocolError):
+            # A stranger turned away, a peer lost: how connections end. The handler has heard of it from receive().
             pass
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            # Now and not when the task ends: a cancellation during the close below would hide it.
+            self._report(error)
+            raise
         finally:
             if conn is not None:
                 await conn.close()
@@ -136,7 +147,12 @@ class Acceptor:
         self._tasks.discard(task)
         error = None if task.cancelled() else task.exception()
         if error is not None:
-            self._failure = self._failure or error
-            asyncio.get_running_loop().call_exception_handler(
-                {"message": "a connection handler failed", "exception": error, "task": task}
-            )
+            self._report(error)
+
+    def _report(self, error: BaseException) -> None:
+        """Tell the loop's exception handler, once: a handler's failure passes here and again when its task ends."""
+        if error is self._latest_failure:
+            return
+        self._latest_failure = error
+        self._first_failure = self._first_failure or error
+        asyncio.get_running_loop().call_exception_handler({"message": "a listener's task failed", "exception": error})

@@ -300,6 +300,8 @@ class FrameWriter:
         """Queue one message. The buffers of `body` are not copied here and must not change afterwards."""
         if not 0 < len(meta) <= MAX_META_BYTES:
             raise ValueError(f"metadata of {len(meta)} bytes; allowed are 1 to {MAX_META_BYTES}")
+        if not 0 <= deadline_ms < 2**32:
+            raise ValueError(f"deadline of {deadline_ms} ms; allowed are 0 to {2**32 - 1}")
         parts = deque(part for part in (memoryview(buffer).cast("B") for buffer in body) if len(part))
         body_len = sum(map(len, parts))
         if body_len > MAX_BODY_BYTES:
