@@ -194,9 +194,11 @@ class _Identified:
 
         try:
             await self._app(scope, receive, send_identified)
+        except Exception:
+            status = status or 500  # sent further out, by `_on_fault`
+            raise
         finally:
-            # No answer at all: a fault, whose 500 is sent further out, or a client that left.
-            shown = str(status) if status else "none"
+            shown = str(status) if status else "none"  # cut off, or left by its client, before any answer
             method = scope["method"] if scope["method"] in _METHODS else "other"
             self._metrics.http_requests.labels(method, _route(scope), shown).inc()
             elapsed_s = time.perf_counter() - started_s

@@ -60,7 +60,7 @@ async def serve(
         lifespan="off",
         loop="none",
         log_config=None,
-        access_log=False,  # its lines have query strings; the application writes its own
+        access_log=False,
         proxy_headers=False,  # a forwarded address must not become a loopback one
         server_header=False,
         timeout_keep_alive=max(1, round(limits.idle_timeout_s)),
@@ -98,7 +98,10 @@ def _listen(host: str, port: int) -> socket.socket:
         )
     if not 0 <= port <= 65535:
         raise UsageError(f"There is no port {port}.", hint="Choose one from 1 to 65535, or 0 for any free one.")
-    listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    # The protocol is named because asyncio sets TCP_NODELAY only on sockets that name it; without that, the kernel
+    # holds small chunks back for 40 ms, which is every token of a stream.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((address, port))
@@ -150,6 +153,9 @@ def _protocol(limits: Limits) -> type[H11Protocol]:
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            # uvicorn's access lines have query strings, and it writes them, whatever its own setting says, as soon as
+            # any handler is installed at the root. The application writes lines of its own.
+            self.access_log = False
             if len(self.connections) > limits.connections:
                 transport.abort()
                 return
