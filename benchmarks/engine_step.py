@@ -38,7 +38,10 @@ def timed(step: Callable[[], object]) -> float:
 
 def report(name: str, ours_s: list[float], theirs_s: list[float]) -> None:
     ours, theirs = statistics.median(ours_s), statistics.median(theirs_s)
-    print(f"{name:<34} engine {ours * 1e3:8.2f} ms   plain {theirs * 1e3:8.2f} ms   ratio {theirs / ours:5.2f}", flush=True)
+    print(
+        f"{name:<34} engine {ours * 1e3:8.2f} ms   plain {theirs * 1e3:8.2f} ms   ratio {theirs / ours:5.2f}",
+        flush=True,
+    )
 
 
 class Ours:
@@ -63,7 +66,8 @@ class Ours:
     def step(self, ids: list[list[int]]) -> list[int]:
         """The next tokens of every session; ids[i] are the new tokens of session i."""
         works = [
-            Work(session, self.engine.length(session), len(new)) for session, new in zip(self.sessions, ids, strict=True)
+            Work(session, self.engine.length(session), len(new))
+            for session, new in zip(self.sessions, ids, strict=True)
         ]
         positions = [position for work in works for position in range(work.position, work.position + work.rows)]
         hidden = self.engine.run(works, self.head.embed([token for new in ids for token in new], positions))

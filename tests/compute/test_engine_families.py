@@ -17,55 +17,89 @@ from shoal.spec.ids import BlockRange
 
 VOCAB = 96
 LAYERS = 4
-LLAMA = dict(
-    hidden_size=64, intermediate_size=96, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2,
-    vocab_size=VOCAB, max_position_embeddings=128, pad_token_id=None,
-)  # fmt: skip
-GPT2 = dict(n_embd=64, n_layer=LAYERS, n_head=4, vocab_size=VOCAB, n_positions=128)
-MAMBA = dict(hidden_size=32, num_hidden_layers=LAYERS, vocab_size=VOCAB, state_size=8)
-MLA = dict(
-    q_lora_rank=24, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=12, num_key_value_heads=4,
-    n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1, moe_intermediate_size=32, first_k_dense_replace=1,
-)  # fmt: skip
+LLAMA = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 128,
+    "pad_token_id": None,
+}
+GPT2 = {"n_embd": 64, "n_layer": LAYERS, "n_head": 4, "vocab_size": VOCAB, "n_positions": 128}
+MAMBA = {"hidden_size": 32, "num_hidden_layers": LAYERS, "vocab_size": VOCAB, "state_size": 8}
+MLA = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 12,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+}
 
 PACKED = {
     "llama": LLAMA,
-    "mistral": LLAMA | dict(sliding_window=8),
-    "qwen3": LLAMA | dict(head_dim=16),
-    "gemma2": LLAMA | dict(head_dim=16, sliding_window=8, attn_logit_softcapping=2.0),
-    "gemma3_text": LLAMA | dict(head_dim=16, sliding_window=8),
-    "gpt_oss": LLAMA | dict(head_dim=16, sliding_window=8, num_local_experts=4, num_experts_per_tok=2),
-    "mixtral": LLAMA | dict(num_local_experts=4, num_experts_per_tok=2),
+    "mistral": LLAMA | {"sliding_window": 8},
+    "qwen3": LLAMA | {"head_dim": 16},
+    "gemma2": LLAMA | {"head_dim": 16, "sliding_window": 8, "attn_logit_softcapping": 2.0},
+    "gemma3_text": LLAMA | {"head_dim": 16, "sliding_window": 8},
+    "gpt_oss": LLAMA | {"head_dim": 16, "sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "mixtral": LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "llama4_text": LLAMA
-    | dict(head_dim=16, attention_chunk_size=8, num_local_experts=2, intermediate_size_mlp=96, num_experts_per_tok=1),
+    | {
+        "head_dim": 16,
+        "attention_chunk_size": 8,
+        "num_local_experts": 2,
+        "intermediate_size_mlp": 96,
+        "num_experts_per_tok": 1,
+    },
     "deepseek_v3": LLAMA | MLA,
     "gpt2": GPT2,
-    "opt": dict(
-        hidden_size=64, ffn_dim=96, num_hidden_layers=LAYERS, num_attention_heads=4, vocab_size=VOCAB,
-        max_position_embeddings=128, word_embed_proj_dim=64,
-    ),
-    "gpt_neox": dict(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=LAYERS, num_attention_heads=4, vocab_size=VOCAB,
-        max_position_embeddings=128,
-    ),
+    "opt": {
+        "hidden_size": 64,
+        "ffn_dim": 96,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 128,
+        "word_embed_proj_dim": 64,
+    },
+    "gpt_neox": {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 128,
+    },
     "phi3": LLAMA
-    | dict(
-        rope_parameters=dict(
-            rope_type="longrope", rope_theta=10000.0, original_max_position_embeddings=20,
-            short_factor=[1.0] * 8, long_factor=[4.0] * 8,
-        ),
-    ),
-}  # fmt: skip
+    | {
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "original_max_position_embeddings": 20,
+            "short_factor": [1.0] * 8,
+            "long_factor": [4.0] * 8,
+        },
+    },
+}
 SINGLE = {
-    "bloom": dict(hidden_size=64, n_layer=LAYERS, n_head=4, vocab_size=VOCAB),
+    "bloom": {"hidden_size": 64, "n_layer": LAYERS, "n_head": 4, "vocab_size": VOCAB},
     "mamba": MAMBA,
-    "mamba2": MAMBA | dict(num_heads=8, head_dim=8, n_groups=2),
-    "lfm2": LLAMA | dict(layer_types=["conv", "full_attention", "conv", "full_attention"]),
+    "mamba2": MAMBA | {"num_heads": 8, "head_dim": 8, "n_groups": 2},
+    "lfm2": LLAMA | {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "dynamic_rope": LLAMA
-    | dict(
-        max_position_embeddings=16,
-        rope_parameters=dict(rope_type="dynamic", rope_theta=10000.0, factor=2.0),
-    ),
+    | {
+        "max_position_embeddings": 16,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+    },
 }
 
 

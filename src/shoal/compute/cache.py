@@ -126,29 +126,6 @@ SlotViews = tuple[Tensor, Tensor, Tensor, Tensor]
 """(keys to write [1, G, rows, K], values to write [1, G, rows, V], keys to read [1, G, end, K], values to read)."""
 
 
-class PassThroughCache(Cache):
-    """The cache object a family's forward is given on the packed path: it stores nothing and hands k and v through.
-
-    The families call `update` just before the attention function; storing there would not work, because `update` does
-    not know which session a row belongs to and must return one tensor for all rows.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(layers=[])
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        return key_states, value_states
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """0: positions are always given explicitly, so nothing may be derived from a common length."""
-        return 0
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return query_length, 0
-
-
 class GrowingLayer(DynamicLayer):
     """An attention layer's cache for one session that writes in place and returns views of the stored tokens."""
 

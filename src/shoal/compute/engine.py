@@ -34,8 +34,17 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
 
-from shoal.compute.cache import PassThroughCache, SessionKv, SlotShape, cache_bytes, cache_costs, growing_cache, pages
-from shoal.compute.packed import ATTENTION_NAME, Discovery, MaskRules, NotPackable, PackedStep, Segment, packed_step
+from shoal.compute.cache import SessionKv, SlotShape, cache_bytes, cache_costs, growing_cache, pages
+from shoal.compute.packed import (
+    ATTENTION_NAME,
+    Discovery,
+    MaskRules,
+    NotPackable,
+    PackedStep,
+    PassThroughCache,
+    Segment,
+    packed_step,
+)
 from shoal.compute.split import Stage
 from shoal.errors import CannotSplit, UsageError
 from shoal.spec.ids import BlockRange
@@ -278,9 +287,12 @@ class BlockEngine:
 
     def _run_packed(self, forward: _Forward, hidden: Tensor) -> Tensor:
         """hidden [rows of the forward, H] -> the same shape. Lengths are advanced by the caller."""
-        segments, positions, offset = [], [], 0
+        segments: list[Segment] = []
+        positions: list[int] = []
+        offset = 0
         for work, _ in forward.members:
             kv = self._sessions[work.session].kv
+            assert kv is not None, "sessions of a packed engine store their own keys and values"
             kv.length = work.position
             kv.reserve(work.position + work.rows)
             segments.append(Segment(offset, work.rows, work.position, kv.step_views(work.position, work.rows)))
@@ -380,7 +392,7 @@ class BlockEngine:
             apart = difference(outcome(in_chunks), single)
         except _FOREIGN_ERRORS as error:
             self.packed = False
-            self.packed_reason = f"one session at a time: {error}"
+            self.packed_reason = f"one session at a time: {_why(error)}"
             return
         self.packed = apart <= tolerance
         verdict = "packed" if self.packed else "one session at a time"
@@ -393,8 +405,14 @@ class BlockEngine:
         """One forward of two rows that stores nothing: which slots does the family's attention use, of what shape?"""
         probe = torch.zeros(1, 2, self.stage.hidden_size, device=self.stage.device, dtype=self.stage.dtype)
         position_ids = torch.zeros(1, 2, dtype=torch.long, device=self.stage.device)
-        with torch.inference_mode(), self._packed_attention(), packed_step(Discovery(self._rules)) as step:
-            self.stage(probe, position_ids=position_ids, cache=PassThroughCache())
+        step = Discovery(self._rules)
+        try:
+            with torch.inference_mode(), self._packed_attention(), packed_step(step):
+                self.stage(probe, position_ids=position_ids, cache=PassThroughCache())
+        except _FOREIGN_ERRORS as error:
+            if isinstance(error, NotPackable) or step.attended:
+                raise
+            raise NotPackable("its attention does not go through the library's interface") from error
         if set(step.slots) != set(range(len(self.stage.blocks))):
             raise NotPackable(
                 f"{len(step.slots)} of its {len(self.stage.blocks)} layers attend through the library's interface"
@@ -469,6 +487,13 @@ class _Rotary:
         """Make dynamic tables a function of the coming call's own length alone."""
         for module in self._dynamic:
             module.max_seq_len_cached = 0
+
+
+def _why(error: Exception) -> str:
+    """Our own words where we refused, the family's error otherwise (its code met our marker or the empty cache)."""
+    if isinstance(error, NotPackable):
+        return str(error)
+    return f"its own code does not run on packed rows ({type(error).__name__}: {str(error).splitlines()[0]})"
 
 
 def _configs(stage: Stage) -> list[PretrainedConfig]:

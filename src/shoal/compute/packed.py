@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache
 
 from shoal.compute.cache import SlotShape, SlotViews
 
@@ -125,12 +126,12 @@ class MaskRules:
         self._markers: dict[Visible, Tensor] = {}
         self._recognised: dict[tuple[str, int], Tensor] = {}
 
-    def marker(self, mask_function: Callable[..., Any], local_size: int) -> Tensor:
+    def marker(self, mask_function: Callable[..., Any], local_size: int, device: torch.device | str) -> Tensor:
         """An empty tensor [1, 1, 0, 0] whose attribute `shoal_visible` is the rule behind `mask_function`."""
         key = (_signature(mask_function), local_size)
         marker = self._recognised.get(key)
         if marker is None:
-            visible = recognise(mask_function, local_size)
+            visible = recognise(mask_function, local_size, device)
             marker = self._markers.setdefault(visible, torch.empty((1, 1, 0, 0)))
             marker.shoal_visible = visible  # type: ignore[attr-defined]
             self._recognised[key] = marker
@@ -149,6 +150,32 @@ class MaskRules:
             base = torch.zeros((TILE_ROWS, width), dtype=dtype, device=device).masked_fill_(hidden, -math.inf)
             self._bases[(window, dtype, device)] = base
         return base[TILE_ROWS - rows :, base.shape[1] - keys :]
+
+
+class PassThroughCache(Cache):
+    """The cache object a family's forward is given on the packed path: it stores nothing and hands k and v through.
+
+    The families call `update` just before the attention function; storing there would not work, because `update` does
+    not know which session a row belongs to and must return one tensor for all rows.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """0: positions are always given explicitly, so nothing may be derived from a common length."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Tensor:
+        raise NotPackable("its layers keep other states than keys and values")
+
+    update_conv_state = update_recurrent_state = get_conv_state = get_recurrent_state = update_indexer = _refuse
 
 
 _current: PackedStep | None = None
@@ -188,15 +215,17 @@ def attend(
         raise RuntimeError("The packed attention function was called outside of a step of the block engine.")
     step.attended += 1
     slot = module.layer_idx
+    if not isinstance(slot, int):
+        raise NotPackable("its attention layers do not know their cache slot")
     visible = _visible(attention_mask, sliding_window)
     if isinstance(step, Discovery):
         if position_bias is not None or is_causal is False:
             raise NotPackable("its attention uses a position bias or is not causal")
-        if not isinstance(slot, int) or slot in step.slots:
+        if slot in step.slots:
             raise NotPackable("two of its attention layers use the same cache slot")
         step.slots[slot] = SlotShape(key.shape[1], key.shape[3], value.shape[3])
         groups = query.shape[1] // key.shape[1]
-        return value.repeat_interleave(groups, dim=1).transpose(1, 2), None
+        return value.repeat_interleave(groups, dim=1).transpose(1, 2).contiguous(), None
 
     core = _Core(scaling, softcap, s_aux, query.shape[1] // key.shape[1])
     if step.decode_only:
@@ -290,7 +319,9 @@ class _Core:
         if self.sinks is None:
             return torch.matmul(scores.softmax(dim=-1).to(value.dtype), value)
         kv_heads, rows = query.shape[1], query.shape[2] // self.groups
-        sinks = self.sinks.float().view(1, kv_heads, self.groups, 1).expand(-1, -1, -1, rows).reshape(1, kv_heads, -1, 1)
+        sinks = (
+            self.sinks.float().view(1, kv_heads, self.groups, 1).expand(-1, -1, -1, rows).reshape(1, kv_heads, -1, 1)
+        )
         # A sink is one more key whose value is nothing: it takes its share of the softmax and adds no output.
         probabilities = torch.cat((scores, sinks), dim=-1).softmax(dim=-1)[..., :-1]
         return torch.matmul(probabilities.to(value.dtype), value)
@@ -313,15 +344,17 @@ def mark(
     local_size: int | None = None,
     attention_mask: Tensor | None = None,
     use_vmap: bool = False,
+    device: torch.device | str = "cpu",
     **_: Any,
 ) -> Tensor:
     """The mask function: builds nothing, returns the marker of the rule that says which keys a row sees."""
     step = _current
     if step is None:
         raise RuntimeError("The packed mask function was called outside of a step of the block engine.")
-    if attention_mask is not None or use_vmap:
+    padded = attention_mask is not None and not bool(attention_mask.all())
+    if padded or use_vmap:
         raise NotPackable("its forward adds a mask of its own to the causal one")
-    return step.rules.marker(mask_function, local_size or 0)
+    return step.rules.marker(mask_function, local_size or 0, device)
 
 
 def _visible(attention_mask: Tensor | None, sliding_window: int | None) -> Visible:
@@ -348,19 +381,18 @@ def _signature(function: Callable[..., Any]) -> str:
     return " ".join(names)
 
 
-def recognise(mask_function: Callable[..., Any], local_size: int) -> Visible:
+def recognise(mask_function: Callable[..., Any], local_size: int, device: torch.device | str = "cpu") -> Visible:
     """Ask a family's mask function about positions around one and two local sizes, and compare with our rules.
 
     Raises NotPackable when it is neither causal, nor a causal sliding window, nor causal within chunks.
     """
     size = local_size or 4
-    around = torch.tensor(sorted({0, 1, *(max(base + d, 0) for base in (size, 2 * size) for d in (-2, -1, 0, 1))}))
-    zero = torch.zeros((), dtype=torch.long)
-    theirs = mask_function(zero, zero, around.unsqueeze(1), around.unsqueeze(0))
+    positions = sorted({0, 1, *(max(base + d, 0) for base in (size, 2 * size) for d in (-2, -1, 0, 1))})
+    around = torch.tensor(positions, device=device)
+    zero = torch.zeros((), dtype=torch.long, device=device)
+    theirs = mask_function(zero, zero, around.unsqueeze(1), around.unsqueeze(0)).cpu()
     for visible in (FULL, Visible(Kind.WINDOW, size), Visible(Kind.CHUNK, size)):
-        ours = torch.tensor(
-            [[visible.first_key(row) <= key <= row for key in around.tolist()] for row in around.tolist()]
-        )
+        ours = torch.tensor([[visible.first_key(row) <= key <= row for key in positions] for row in positions])
         if torch.equal(theirs.expand_as(ours).to(ours), ours):
             return visible
     raise NotPackable("its mask is neither causal, nor a sliding window, nor chunked")

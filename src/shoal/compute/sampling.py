@@ -211,13 +211,16 @@ def _with_logprobs(logits: Tensor, samplers: Sequence[Sampler], chosen: Sequence
     if not asked:
         return [Sampled(token) for token in chosen]
     logprobs = logits[asked].float().log_softmax(dim=-1)
-    picked = logprobs.gather(1, torch.tensor([[chosen[row]] for row in asked], device=logits.device)).squeeze(1).tolist()
+    picked = (
+        logprobs.gather(1, torch.tensor([[chosen[row]] for row in asked], device=logits.device)).squeeze(1).tolist()
+    )
     most = max(samplers[row].params.logprobs or 0 for row in asked)
     values, tokens = logprobs.topk(min(most, logits.shape[1]), dim=-1)
     reports = {
-        row: (picked[i], list(zip(tokens[i].tolist(), values[i].tolist(), strict=True))[: samplers[row].params.logprobs])
+        row: (
+            picked[i],
+            list(zip(tokens[i].tolist(), values[i].tolist(), strict=True))[: samplers[row].params.logprobs],
+        )
         for i, row in enumerate(asked)
     }
-    return [
-        Sampled(token, *reports[row]) if row in reports else Sampled(token) for row, token in enumerate(chosen)
-    ]
+    return [Sampled(token, *reports[row]) if row in reports else Sampled(token) for row, token in enumerate(chosen)]
