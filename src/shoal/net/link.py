@@ -92,11 +92,11 @@ class Link:
             cause = str(error)
         finally:
             if self._conn is not None:
-                await self._conn.close()
-        if not self.lost:
-            self.lost = True
-            self._queue.clear()
-            self._on_lost(self.node, cause)
+                self._conn.abort()
+            if not self.lost:
+                self.lost = True
+                self._queue.clear()
+                self._on_lost(self.node, cause)
 
     async def _serve(self, conn: Conn) -> str:
         """Read and write until one of the two fails; returns why."""

@@ -365,7 +365,8 @@ class BlockServer:
         """In the compute thread: received rows -> engine -> rows to send, in the format they came in."""
         assert self._engine is not None
         start = time.perf_counter()
-        hidden = [_to_torch(rows, self._config.dtype, self._device) for rows in (work.payload for work in works)]
+        arrays = [tensors.decode_native(work.payload.tensor, work.payload.data) for work in works]
+        hidden = [to_torch(array, self._config.dtype, self._device) for array in arrays]
         batch = [compute.Work(work.session, work.item.position, work.item.rows) for work in works]
         out = self._engine.run(batch, hidden[0] if len(hidden) == 1 else torch.cat(hidden))
         array = to_numpy(out)
@@ -445,12 +446,6 @@ class Outbox:
                     self._queue.popleft()
                 self._filled.clear()
                 await self._filled.wait()
-
-
-def _to_torch(rows: wire_rows.Rows, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    if rows.dtype == "bf16":
-        return to_torch(tensors.decode_bf16(rows.tensor, rows.data), dtype, device)
-    return to_torch(tensors.decode(rows.tensor, rows.data), dtype, device)
 
 
 def _log_failure(future: Future[None]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from dataclasses import dataclass
 
@@ -10,7 +9,7 @@ import torch
 
 _SIDE = 2048
 _ROWS = 128
-_REPEATS = 5
+_REPEATS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +25,7 @@ class Rates:
 
 
 def measure(dtype: torch.dtype, device: torch.device) -> Rates:
-    """Time a matrix product of 2048 x 2048 weights with one row and with 128; medians of five, about 50 ms in all."""
+    """Time a matrix product of 2048 x 2048 weights with one row and with 128; the best of eight, about 50 ms in all."""
     weights = torch.randn(_SIDE, _SIDE, dtype=dtype, device=device)
     mparams = _SIDE * _SIDE / 1e6
     decode_ms = _time_ms(weights, 1)
@@ -38,10 +37,10 @@ def _time_ms(weights: torch.Tensor, rows: int) -> float:
     hidden = torch.randn(rows, _SIDE, dtype=weights.dtype, device=weights.device)
     times = []
     with torch.inference_mode():
-        for _ in range(_REPEATS + 1):
+        for _ in range(_REPEATS):
             start = time.perf_counter()
             torch.nn.functional.linear(hidden, weights)
             if weights.device.type == "cuda":
                 torch.cuda.synchronize(weights.device)
             times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times[1:])
+    return min(times)  # what the machine can do; a busy neighbour only ever adds

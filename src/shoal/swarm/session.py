@@ -81,6 +81,11 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
+class Live:
+    """Every stage answered: the session is admitted, or its chain stands again."""
+
+
+@dataclass(frozen=True, slots=True)
 class Recovered:
     """The first output after a loss has arrived."""
 
@@ -92,7 +97,7 @@ class Recovered:
     replayed_rows: int
 
 
-Action = Tell | Feed | Deliver | Failed | Recovered
+Action = Tell | Feed | Deliver | Live | Failed | Recovered
 
 
 class Log:
@@ -554,7 +559,7 @@ class Session:
         self._progress_at = now  # the new chain owes its outputs from now on, however long the planning took
         self._full_retry_s = None
         self._was_live = True
-        actions: list[Action] = []
+        actions: list[Action] = [Live()]
         for at, stage in enumerate(self._stages):
             if stage.synced:
                 continue

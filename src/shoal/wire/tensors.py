@@ -80,6 +80,11 @@ def decode(tensor: Tensor, body: Body) -> F32:
     return values
 
 
+def decode_native(tensor: Tensor, body: Body) -> F32 | U16:
+    """Without widening: the bits of a "bf16" tensor, float32 for the other formats. Raises ProtocolError, NotFinite."""
+    return decode_bf16(tensor, body) if tensor.dtype == "bf16" else decode(tensor, body)
+
+
 def decode_bf16(tensor: Tensor, body: Body) -> U16:
     """The bits of a "bf16" tensor, uint16 [rows, width], as a view of `body`. Raises ProtocolError, NotFinite."""
     if tensor.dtype != "bf16":

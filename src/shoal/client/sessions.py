@@ -1,0 +1,282 @@
+"""Many sessions over one set of connections: the edge around swarm.session.
+
+Knows links, frames, timers and the registry; does not know tokens. What a session's last block puts out is handed to
+`on_rows`; what goes in comes through `feed`. Steps of sessions that go to the same server leave in one frame, so that
+a batch stays a batch along the chain.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from shoal.errors import ProtocolError, ShoalError
+from shoal.net.directory import Directory
+from shoal.net.link import Link
+from shoal.net.transport import Transport
+from shoal.spec.ids import BlockRange
+from shoal.swarm import session as decide
+from shoal.swarm.estimates import Links
+from shoal.swarm.routing import Hop, route
+from shoal.wire import messages as msg
+from shoal.wire import rows as wire_rows
+
+log = logging.getLogger("shoal.client")
+
+TICK_S = 0.05
+SUSPECT_S = 3.0
+"""How long a server whose connection broke is avoided; the registry knows better after that."""
+
+
+@dataclass(slots=True)
+class Handle:
+    """One open session and whom to tell about it."""
+
+    session: decide.Session
+    on_rows: Callable[[int, wire_rows.Rows], None]
+    """on_rows(position, rows): outputs of the last block, in order, each once."""
+    on_live: Callable[[], None]
+    """The chain stands (again)."""
+    on_failed: Callable[[ShoalError], None]
+    name: str
+
+
+@dataclass(slots=True)
+class SessionCounters:
+    opened: int = 0
+    failovers: dict[str, int] = field(default_factory=dict)
+    replayed_rows: int = 0
+    last_stall_s: float = 0.0
+
+
+class Sessions:
+    """All sessions of one model that this node drives. `start` before use, `close` after."""
+
+    def __init__(
+        self,
+        model: str,
+        num_blocks: int,
+        *,
+        node: str,
+        transport: Transport,
+        directory: Directory,
+        wire: msg.WireType,
+        config: decide.SessionConfig | None = None,
+        on_recovered: Callable[[decide.Recovered], None] = lambda recovered: None,
+    ) -> None:
+        self.counters = SessionCounters()
+        self.wire = wire
+        self._model = model
+        self._num_blocks = num_blocks
+        self._node = node
+        self._transport = transport
+        self._directory = directory
+        self._config = config or decide.SessionConfig()
+        self._on_recovered = on_recovered
+        # Breaks ties between equal routes; nothing secret hangs on it.
+        self._rng = random.Random(secrets.randbits(64))
+        self._links: dict[str, Link] = {}
+        self._rtts = Links()
+        self._handles: dict[bytes, Handle] = {}
+        self._feeds: dict[str, list[decide.Feed]] = {}
+        self._ticker: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._ticker = asyncio.create_task(self._tick_loop(), name="session timers")
+
+    async def close(self) -> None:
+        """Close every session and connection."""
+        for handle in list(self._handles.values()):
+            self.end(handle)
+        if self._ticker is not None:
+            self._ticker.cancel()
+            await asyncio.gather(self._ticker, return_exceptions=True)
+        await asyncio.gather(*(link.close() for link in list(self._links.values())))
+
+    # --- one session -----------------------------------------------------------------------------------------
+
+    def open(
+        self,
+        max_tokens: int,
+        *,
+        results_from: int = 0,
+        on_rows: Callable[[int, wire_rows.Rows], None],
+        on_live: Callable[[], None] = lambda: None,
+        on_failed: Callable[[ShoalError], None],
+        name: str = "",
+    ) -> Handle:
+        """Open a session for at most `max_tokens` rows; `name` stands for it in logs."""
+        session = decide.Session(
+            secrets.token_bytes(16),
+            model=self._model,
+            num_blocks=self._num_blocks,
+            max_tokens=max_tokens,
+            wire=self.wire,
+            plan=self._plan,
+            results_from=results_from,
+            config=self._config,
+        )
+        handle = Handle(session, on_rows, on_live, on_failed, name or session.id.hex()[:8])
+        self._handles[session.id] = handle
+        self.counters.opened += 1
+        self._perform(handle, session.start(time.monotonic()))
+        self.flush()
+        return handle
+
+    def feed(self, handle: Handle, rows: wire_rows.Rows) -> None:
+        """Append inputs of block 0. They leave with the next `flush`, together with those of other sessions."""
+        self._perform(handle, handle.session.feed(rows.count, rows, time.monotonic()))
+
+    def end(self, handle: Handle) -> None:
+        """Finished or cancelled: free the session's caches on all servers."""
+        if self._handles.pop(handle.session.id, None) is not None:
+            if not handle.session.ended:
+                self._perform(handle, handle.session.close())
+            self.flush()
+
+    def __len__(self) -> int:
+        return len(self._handles)
+
+    # --- decisions' helpers ----------------------------------------------------------------------------------
+
+    def _plan(self, blocks: BlockRange, avoid: frozenset[str], need_tokens: int, now: float) -> Sequence[Hop] | None:
+        view = self._directory.view
+        chain = route(
+            view.live(now),
+            self._model,
+            self._num_blocks,
+            rng=self._rng,
+            avoid=avoid | view.suspects(now),
+            need_tokens=need_tokens,
+            start=blocks.start,
+            end=blocks.end,
+            links=self._rtts,
+            source=self._node,
+        )
+        return None if chain is None else chain.hops
+
+    def view_changed(self) -> None:
+        """The registry changed: sessions that wait for servers look again."""
+        for handle in list(self._handles.values()):
+            self._perform(handle, handle.session.on_view_changed(time.monotonic()))
+        self.flush()
+
+    # --- actions out -----------------------------------------------------------------------------------------
+
+    def _perform(self, handle: Handle, actions: Sequence[decide.Action]) -> None:
+        """Carry out what a session decided. Steps are gathered until `flush`."""
+        was_live = False
+        for action in actions:
+            match action:
+                case decide.Feed(node):
+                    self._feeds.setdefault(node, []).append(action)
+                case decide.Tell(node, addresses, message):
+                    # A session's steps and its control messages must reach a server in the order they were decided.
+                    self.flush()
+                    if not isinstance(message, msg.Close) or node in self._links:
+                        self._link(node, addresses).send(message)
+                case decide.Live():
+                    was_live = True
+                case decide.Deliver(position, _, payload):
+                    handle.on_rows(position, payload)
+                case decide.Failed(error):
+                    handle.on_failed(error)
+                case decide.Recovered():
+                    self._note_recovery(handle, action)
+        if was_live:
+            handle.on_live()
+
+    def _note_recovery(self, handle: Handle, recovered: decide.Recovered) -> None:
+        counters = self.counters
+        counters.failovers[recovered.cause] = counters.failovers.get(recovered.cause, 0) + 1
+        counters.replayed_rows += recovered.replayed_rows
+        counters.last_stall_s = recovered.stall_s
+        log.warning(
+            "session %s: blocks %s were lost (%s) and rebuilt; chain now %s; %d rows replayed, a gap of %.0f ms",
+            handle.name,
+            ", ".join(recovered.blocks),
+            recovered.cause,
+            ", ".join(f"{hop.node[:8]} {hop.blocks}" for hop in handle.session.chain),
+            recovered.replayed_rows,
+            recovered.stall_s * 1e3,
+        )
+        self._on_recovered(recovered)
+
+    def flush(self) -> None:
+        """Send the steps that were fed since the last time, one frame per server."""
+        feeds, self._feeds = self._feeds, {}
+        for node, steps in feeds.items():
+            link = self._links.get(node)
+            if link is None:
+                continue  # lost since: its sessions have heard of it and were planned anew
+            for at in range(0, len(steps), msg.MAX_ITEMS):
+                part = steps[at : at + msg.MAX_ITEMS]
+                tensor, buffers = wire_rows.join([rows for step in part for rows in step.parts])
+                link.send(msg.Step([step.item for step in part], tensor), buffers)
+
+    def _link(self, node: str, addresses: Sequence[str]) -> Link:
+        link = self._links.get(node)
+        if link is None:
+            link = self._links[node] = Link(
+                self._transport, node, addresses, on_message=self._on_message, on_lost=self._on_lost
+            )
+        return link
+
+    # --- messages in -----------------------------------------------------------------------------------------
+
+    def _on_message(self, node: str, message: msg.Message, body: memoryview) -> None:
+        now = time.monotonic()
+        match message:
+            case msg.Result(items, tensor):
+                for item, rows in wire_rows.cut(items, tensor, body):
+                    if (handle := self._handles.get(item.session)) is not None:
+                        self._perform(handle, handle.session.on_result(node, item, rows, now))
+            case msg.Journal(block, items, tensor):
+                for item, rows in wire_rows.cut(items, tensor, body):
+                    if (handle := self._handles.get(item.session)) is not None:
+                        # The journal lives as long as the session: a slice must not keep its whole frame alive.
+                        kept = rows if len(items) == 1 else rows.copy()
+                        self._perform(handle, handle.session.on_journal(node, block, item, kept, now))
+            case msg.Opened() | msg.Relinked() | msg.Denied():
+                if (handle := self._handles.get(message.session)) is not None:
+                    self._perform(handle, handle.session.on_message(node, message, now))
+            case msg.Gone(sessions):
+                for id in sessions:
+                    if (handle := self._handles.get(id)) is not None:
+                        self._perform(handle, handle.session.on_message(node, message, now))
+            case msg.Fault(code, text):
+                raise ProtocolError(f"Server {node} reported {code}: {text}")
+        self.flush()
+
+    def _on_lost(self, node: str, cause: str) -> None:
+        now = time.monotonic()
+        log.info("connection to server %s lost: %s", node, cause)
+        self._links.pop(node, None)
+        self._directory.view.suspect(node, now, SUSPECT_S)
+        for handle in list(self._handles.values()):
+            self._perform(handle, handle.session.on_peer_lost(node, cause, now))
+        self.flush()
+
+    async def _tick_loop(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            now = time.monotonic()
+            for handle in list(self._handles.values()):
+                wake = handle.session.wake_at
+                if wake is not None and wake <= now:
+                    self._perform(handle, handle.session.on_timer(now))
+            self.flush()
+            for node, link in self._links.items():
+                if link.rtt_s is not None:
+                    self._rtts.measured(self._node, node, link.rtt_s * 1e3)
+
+    # --- looking ---------------------------------------------------------------------------------------------
+
+    def rtts_ms(self) -> dict[str, float]:
+        """Round trip to each connected server."""
+        return {node: link.rtt_s * 1e3 for node, link in self._links.items() if link.rtt_s is not None}
