@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from shoal.errors import UsageError
+from shoal.errors import ShoalError, UsageError
 from shoal.gateway.accounts import Accounts
 
 
@@ -97,6 +97,21 @@ def test_a_file_that_is_no_key_file_is_refused_and_left_alone(tmp_path: Path) ->
     assert path.read_text().startswith("not a database")
     with pytest.raises(UsageError, match="Cannot open"):
         Accounts(tmp_path / "nowhere" / "keys.sqlite")
+
+
+def test_a_key_file_that_cannot_grow_says_so_and_keeps_its_keys(accounts: Accounts, tmp_path: Path) -> None:
+    key, account = accounts.create("alice")
+    # SQLite reports this bound as it reports a full disk.
+    accounts._db.execute("PRAGMA max_page_count = 1")
+
+    def fill() -> None:
+        for place in range(200):
+            accounts.create(f"another {place}", models=["m" * 100])
+
+    with pytest.raises(ShoalError, match="cannot be written") as caught:
+        fill()
+    assert "room" in caught.value.hint
+    assert Accounts(tmp_path / "keys.sqlite").check(key) == account
 
 
 def test_a_link_to_somebody_elses_file_is_not_followed(tmp_path: Path) -> None:

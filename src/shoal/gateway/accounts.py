@@ -18,8 +18,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from shoal.errors import UsageError
+from shoal.errors import ShoalError, UsageError
 
 _MARK = "sk-shoal-"
 _PREFIX_CHARS = len(_MARK) + 8
@@ -80,11 +81,10 @@ class Accounts:
         """A new key for `name` and the record that is kept of it. The key cannot be shown again."""
         key = _MARK + secrets.token_hex(32)
         allowed = None if models is None else json.dumps(sorted(set(models)))
-        cursor = self._db.execute(
+        (row,) = self._write(
             "INSERT INTO keys (name, prefix, digest, models, created) VALUES (?, ?, ?, ?, ?) RETURNING *",
             (name, key[:_PREFIX_CHARS], _digest(key), allowed, int(time.time())),
         )
-        (row,) = cursor.fetchall()
         return key, _account(row)
 
     def records(self) -> list[Account]:
@@ -93,7 +93,7 @@ class Accounts:
 
     def revoke(self, key_id: int) -> Account:
         """Forget a key. Raises UsageError when there is none with this id."""
-        rows = self._db.execute("DELETE FROM keys WHERE id = ? RETURNING *", (key_id,)).fetchall()
+        rows = self._write("DELETE FROM keys WHERE id = ? RETURNING *", (key_id,))
         if not rows:
             raise UsageError(f"There is no key {key_id}.", hint="The list of keys shows the ids.")
         return _account(rows[0])
@@ -107,6 +107,14 @@ class Accounts:
             if hmac.compare_digest(row[3], digest):
                 return _account(row)
         return None
+
+    def _write(self, statement: str, values: tuple[Any, ...]) -> list[Any]:
+        try:
+            return self._db.execute(statement, values).fetchall()
+        except sqlite3.OperationalError as error:
+            raise ShoalError(
+                f"The key file cannot be written: {error}.", hint="See that its disk has room and that it is writable."
+            ) from error
 
 
 def _digest(key: str) -> bytes:

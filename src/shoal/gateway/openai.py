@@ -20,6 +20,7 @@ from shoal.spec.sampling import SamplingParams
 MAX_STOPS = 4
 MAX_STOP_CHARS = 256
 MAX_TOP_LOGPROBS = 20
+MAX_BIASES = 1024  # each costs a little at every token
 MAX_CHOICES = 32
 MAX_IGNORED_SHOWN = 20
 DEFAULT_COMPLETION_TOKENS = 16  # what OpenAI's legacy endpoint gives when nothing is asked
@@ -27,6 +28,7 @@ DEFAULT_COMPLETION_TOKENS = 16  # what OpenAI's legacy endpoint gives when nothi
 _Count = Annotated[int, Meta(ge=1, le=2**31)]
 _Stop = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
 _Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
+_Bias = Annotated[float, Meta(ge=-100.0, le=100.0)]
 _Token = Annotated[int, Meta(ge=0, le=2**31)]
 
 
@@ -89,7 +91,7 @@ class _Request(msgspec.Struct, kw_only=True):
     stop: _Stop | Annotated[list[_Stop], Meta(max_length=MAX_STOPS)] | None = None
     presence_penalty: _Penalty | None = None
     frequency_penalty: _Penalty | None = None
-    logit_bias: dict[str, Annotated[float, Meta(ge=-100.0, le=100.0)]] | None = None
+    logit_bias: Annotated[dict[str, _Bias], Meta(max_length=MAX_BIASES)] | None = None
     ignore_eos: bool | None = None
 
     def check(self, vocabulary_size: int) -> None:

@@ -79,6 +79,8 @@ async def serve(
         server.should_exit = True
         try:
             await running
+            # What uvicorn cancelled at the deadline still has to tell its clients and to close its sessions.
+            await asyncio.gather(*server.server_state.tasks, return_exceptions=True)
         finally:
             errors.removeFilter(silence)
             listener.close()
