@@ -17,7 +17,7 @@ from shoal.sim.world import Call, World
 class FaultConfig:
     """How often faults come and which; weights are relative."""
 
-    every_s: float = 1.5
+    every_s: float = 1.0
     """Mean time between two faults."""
     weights: dict[str, float] = field(
         default_factory=lambda: {

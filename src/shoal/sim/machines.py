@@ -118,6 +118,7 @@ class Node(Machine):
         super().__init__(world, network, name)
         self.seeds = [seed for seed in seeds if seed != name]
         self.view = View(name)
+        self.lease_s = LEASE_S
         self._starts = 0
 
     def on_start(self) -> None:
@@ -135,7 +136,7 @@ class Node(Machine):
             node=self.name,
             incarnation=incarnation,
             version=0,
-            lease_s=LEASE_S,
+            lease_s=self.lease_s,
             role=self.role,
             state=self.state(),
             addresses=[f"sim://{self.name}"],
@@ -401,8 +402,9 @@ class Generation:
     chunk_rows: int
     expected: list[int]
     expected_outputs: list[int]
-    tokens: list[int] = field(default_factory=list)
     outputs: int = 0
+    """Positions whose outputs have come. Starts above zero when only the prompt's last output is wanted."""
+    tokens: list[int] = field(default_factory=list)
     started_at_s: float = 0.0
     ended_at_s: float | None = None
     error: ShoalError | None = None
@@ -447,7 +449,7 @@ class Driver(Node):
         self.generations.append(generation)
         generation.started_at_s = self.world.now
         id = self.world.rng.randbytes(16)
-        room = len(generation.prompt) + generation.want
+        room = len(generation.prompt) + generation.want - 1  # the last token is never fed
         live = session.Session(
             id,
             model=MODEL,
@@ -455,6 +457,7 @@ class Driver(Node):
             max_tokens=room,
             wire="f32",
             plan=self._plan,
+            results_from=generation.outputs,
             config=self.config,
         )
         self.running[id] = (live, generation)
@@ -529,7 +532,7 @@ class Driver(Node):
             elif isinstance(action, session.Recovered):
                 self.world.note(f"{self.name} recovered from {action.cause} of {action.gone} in {action.stall_s:.3f} s")
                 generation.recoveries.append(action)
-            else:
+            elif isinstance(action, session.Failed):
                 self.world.note(f"{self.name} gives up: {action.error}")
                 generation.error = action.error
         if live.ended:

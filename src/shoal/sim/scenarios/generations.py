@@ -136,7 +136,8 @@ def _begin(swarm: _Swarm, driver: Driver) -> Generation:
     prompt = [rng.randrange(toy.VOCABULARY) for _ in range(rng.randint(1, 40))]
     want = rng.randint(1, 60)
     tokens, outputs = toy.generate(prompt, NUM_BLOCKS, want)
-    generation = Generation(prompt, want, rng.choice([1, 4, 16, 64]), tokens, outputs)
+    results_from = rng.choice([0, len(prompt) - 1])
+    generation = Generation(prompt, want, rng.choice([1, 4, 16, 64]), tokens, outputs, results_from)
     # A frozen driver begins when it thaws.
     driver.after(0.0, lambda: driver.generate(generation))
     return generation

@@ -1,0 +1,138 @@
+"""Hundreds of seeds of the real decisions under faults, and planted bugs that these runs must find.
+
+A failure names scenario and seed: `python -m shoal.sim SCENARIO --seed N --trace` shows what happened.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from shoal.sim.scenarios import gossip, run
+from shoal.sim.world import Stuck, Wrong
+from shoal.swarm.serving import Action, Serving
+from shoal.swarm.session import Log, Session
+from shoal.swarm.view import View
+from shoal.wire import messages as msg
+
+SEEDS = range(105)
+KEPT = {
+    "safety": (),
+    "liveness": (8, 34, 48, 52, 93, 108),
+}
+"""Seeds that once failed. What a seed does changes with the scenario, so the bugs they found are also planted below."""
+
+
+def replay(scenario: str, seed: int) -> None:
+    try:
+        run(scenario, seed)
+    except (Wrong, Stuck) as error:
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parent,
+            check=False,
+        )
+        error.add_note(f"commit {commit.stdout.strip()}: python -m shoal.sim {scenario} --seed {seed} --trace")
+        raise
+
+
+@pytest.mark.parametrize("seed", sorted({*SEEDS, *KEPT["safety"]}))
+def test_faults_without_end_cause_no_wrong_output(seed: int) -> None:
+    replay("safety", seed)
+
+
+@pytest.mark.parametrize("seed", sorted({*SEEDS, *KEPT["liveness"]}))
+def test_after_healing_every_generation_finishes_and_nothing_is_left_behind(seed: int) -> None:
+    replay("liveness", seed)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_views_of_eight_nodes_converge_and_heal_after_a_partition(seed: int) -> None:
+    replay("gossip", seed)
+
+
+def test_views_of_a_hundred_nodes_converge() -> None:
+    report = gossip.converges(1, num_nodes=100)
+    assert report.figures["nodes"] == 100
+
+
+@pytest.mark.parametrize("scenario", ["safety", "liveness", "gossip"])
+def test_a_seed_replays_bit_for_bit_and_another_seed_does_not(scenario: str) -> None:
+    first, again, other = ([], [], [])  # type: tuple[list[str], list[str], list[str]]
+    run(scenario, 3, trace=first)
+    run(scenario, 3, trace=again)
+    run(scenario, 4, trace=other)
+    assert first == again
+    assert len(first) > 10
+    assert first != other
+
+
+def test_the_runs_are_rough_enough_to_mean_something() -> None:
+    """Recoveries, replays, duplicates and every kind of fault do happen in the seeds above."""
+    reports = [run("liveness", seed) for seed in range(25)]
+    kinds = {kind for report in reports for kind in report.faults}
+    assert kinds == {"kill", "power_off", "freeze", "freeze_driver", "slow", "cut", "block", "isolate", "drain"}
+    assert sum(report.figures["recoveries"] for report in reports) > 50
+    assert sum(report.figures["replayed_rows"] for report in reports) > 1000
+    assert sum(report.figures["duplicates"] for report in reports) > 1000
+
+
+# -- planted bugs ---------------------------------------------------------------------------------------------------
+
+
+def lost_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The journal forgets the first row that is asked for."""
+    original = Log.since
+    monkeypatch.setattr(Log, "since", lambda log, position: original(log, position + 1 if position else 0))
+
+
+def rows_of_another_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server takes late rows of an earlier chain for inputs of its first block (found by seed 48)."""
+    original = Serving.on_steps
+
+    def careless(serving: Serving, items: Iterable[tuple[msg.StepItem, Any]], now: float) -> list[Action]:
+        start = {id: session.blocks.start for id, session in serving._sessions.items()}
+        moved = [(msgspec.structs.replace(item, block=start.get(item.session, 0)), rows) for item, rows in items]
+        return original(serving, moved, now)
+
+    monkeypatch.setattr(Serving, "on_steps", careless)
+
+
+def trust_in_the_journal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage that is still replaying is taken to have computed what the journal holds (found by seed 8)."""
+
+    def trusting(session: Session, after: Any) -> int:
+        log = session._logs.get(session._blocks.end if after is None else after.hop.blocks.end, Log())
+        return log.end
+
+    monkeypatch.setattr(Session, "_processed_by", trusting)
+
+
+def forgotten_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server keeps the sessions of a driver whose connection ended."""
+    monkeypatch.setattr(Serving, "on_driver_lost", lambda serving, driver, now: [])
+
+
+def restarted_nodes_unheard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node that comes back with a lower number never learns of it (found by seed 34)."""
+    monkeypatch.setattr(View, "_outnumber", lambda view, number, now: None)
+
+
+@pytest.mark.parametrize(
+    "plant", [lost_rows, rows_of_another_cut, trust_in_the_journal, forgotten_sessions, restarted_nodes_unheard]
+)
+def test_a_planted_bug_is_found(plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch)
+    for seed in range(150):
+        try:
+            run("liveness", seed)
+        except (Wrong, Stuck):
+            return
+    pytest.fail(f"150 seeds did not find it: {plant.__doc__}")
