@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import http.client
+import itertools
 import json
 import socket
 import threading
@@ -172,6 +173,43 @@ def test_a_stream_that_outlasts_the_end_is_told_so(start: Start) -> None:
     last = json.loads(text.strip().split("\n")[-1].removeprefix("data: "))
     assert last["error"]["code"] == "interrupted"
     assert gateway.plain.calls[0].closed.is_set()
+
+
+def fill_the_pipe(gateway: Gateway, connection: socket.socket) -> None:
+    """Ask for more than the kernel's buffers hold, read none of it, and wait until the gateway cannot send on."""
+    gateway.plain.script = lambda call: itertools.chain(itertools.repeat(40, call.max_tokens))
+    body = json.dumps({**BODY, "stream": True, "max_tokens": 500, "n": 32, "logprobs": 5}).encode()
+    connection.sendall(head(gateway, f"content-length: {len(body)}") + body)
+    assert eventually(lambda: len(gateway.plain.calls) == 32)
+    assert eventually(lambda: all(call.closed.is_set() for call in gateway.plain.calls))
+
+
+def unread_connection(gateway: Gateway) -> socket.socket:
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect(("127.0.0.1", gateway.listening.port))
+    return connection
+
+
+def running_requests(gateway: Gateway) -> float | None:
+    return gateway.metrics.registry.get_sample_value("shoal_num_requests_running")
+
+
+def test_a_client_that_reads_no_more_gives_its_place_back(start: Start) -> None:
+    gateway = start(Limits(send_timeout_s=0.2, requests=1, shutdown_s=1))
+    with unread_connection(gateway) as connection:
+        fill_the_pipe(gateway, connection)
+        assert eventually(lambda: running_requests(gateway) == 0)
+        value = gateway.metrics.registry.get_sample_value("shoal_request_errors_total", {"code": "client_gone"})
+        assert value == 1
+
+
+def test_a_client_that_reads_no_more_does_not_keep_the_gateway_from_stopping(start: Start) -> None:
+    gateway = start(Limits(shutdown_s=1))
+    with unread_connection(gateway) as connection:
+        fill_the_pipe(gateway, connection)
+        assert running_requests(gateway) == 1
+        gateway.stop()
 
 
 def listens(gateway: Gateway) -> bool:

@@ -167,7 +167,10 @@ def endless(call: Call) -> itertools.repeat[Step]:
     return itertools.repeat(40)
 
 
-def test_a_client_that_leaves_a_stream_frees_its_session(gateway: Gateway, client: openai.OpenAI) -> None:
+def test_a_client_that_leaves_a_stream_frees_its_session(
+    gateway: Gateway, client: openai.OpenAI, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     hold = Hold()
     gateway.chatty.does(40, hold, 41, 1)
     with client.chat.completions.create(model=MODEL, messages=HI, stream=True) as stream:
@@ -176,6 +179,8 @@ def test_a_client_that_leaves_a_stream_frees_its_session(gateway: Gateway, clien
     (call,) = gateway.chatty.calls
     assert call.closed.wait(PATIENCE_S)
     assert call.steps_done == 1  # not one step more than before it left
+    assert eventually(lambda: "POST /v1/chat/completions 200" in caplog.text)
+    assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
 
 
 @pytest.mark.parametrize("stream", [False, True])

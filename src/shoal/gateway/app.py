@@ -91,7 +91,6 @@ def create_app(
     handlers: dict[Any, Any] = {
         ShoalError: _on_shoal_error,
         HTTPException: _on_http_error,
-        ClientGone: _on_client_gone,
         500: _on_fault,
     }
     app = Starlette(
@@ -196,6 +195,8 @@ class _Identified:
 
         try:
             await self._app(scope, receive, send_identified)
+        except ClientGone:
+            pass  # nobody is left to be answered
         except Exception:
             status = status or 500  # sent further out, by `_on_fault`
             raise
@@ -231,11 +232,6 @@ async def _on_http_error(request: Request, error: HTTPException) -> Response:
         known = RequestError(error.detail, status=error.status_code)
     known.headers.update(error.headers or {})
     return error_response(known)
-
-
-async def _on_client_gone(request: Request, error: ClientGone) -> Response:
-    # Nobody reads it; the server needs some answer to close the exchange.
-    return Response(status_code=499)
 
 
 async def _on_fault(request: Request, error: Exception) -> Response:

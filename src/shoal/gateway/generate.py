@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from shoal.gateway.answers import ChatDialect, CompletionDialect, Dialect, usage
 from shoal.gateway.chat import ChatTemplate
 from shoal.gateway.choices import Choices, Order, Piece
 from shoal.gateway.errors import RequestError, error_body, shown_to_callers
-from shoal.gateway.limits import ClientGone, Gate, Limits, read_body
+from shoal.gateway.limits import ClientGone, Gate, Limits, patient, read_body
 from shoal.gateway.metrics import Metrics, RequestMeter
 from shoal.gateway.openai import ChatRequest, CompletionRequest, ignored_header, read
 from shoal.gateway.replies import dumps
@@ -38,6 +38,7 @@ _STREAM_HEADERS = {
     # nginx would collect the stream and hand it out in lumps.
     "x-accel-buffering": "no",
 }
+_FAREWELL_S = 1.0
 _PING = b": ping\n\n"
 _DONE = b"data: [DONE]\n\n"
 
@@ -165,9 +166,15 @@ class Generator:
         with self.metrics.request() as meter:
             work = _stream if delivery.request.stream else _answer
             try:
-                await _while_connected(receive, work(delivery, meter, self.limits, send))
+                await _while_connected(receive, work(delivery, meter, self.limits, patient(send, self.limits)))
             except ShoalError as error:
                 meter.failed(error.code)
+                raise
+            except ClientGone:
+                meter.failed("client_gone")
+                raise
+            except BaseException:
+                meter.failed(Interrupted.code)
                 raise
 
 
@@ -220,11 +227,14 @@ async def _stream(delivery: _Delivery, meter: RequestMeter, limits: Limits, send
                 logger.error("request %s: %s", delivery.order.request_id, error)
             meter.failed(error.code)
             await _send_end(send, _event(error_body(error)))
+        except ClientGone:
+            raise
         except BaseException as error:
             # A fault of ours, or the gateway stops: the client must not take what it has for the whole answer.
-            # (When it was the client that left, this is sent to nobody.)
-            meter.failed(Interrupted.code)
-            await _send_end(send, _event(error_body(Interrupted(type(error).__name__))))
+            # When it was the client that left, this is sent to nobody; when it reads no more, nobody waits for it.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_FAREWELL_S):
+                    await _send_end(send, _event(error_body(Interrupted(type(error).__name__))))
             raise
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shoal.gateway.errors import RequestError, error_response
 
@@ -27,6 +27,8 @@ class Limits:
     """The request line and headers must have arrived by then; so long may a connection say nothing at first."""
     idle_timeout_s: float = 5.0
     """An answered connection is closed after so long without another request."""
+    send_timeout_s: float = 60.0
+    """A client that takes nothing of its answer for so long is treated as gone."""
     requests: int = 256
     """Requests for generation at once; one more gets 429."""
     connections: int = 1024
@@ -48,7 +50,7 @@ class BodyTooLarge(RequestError):
 
 
 class ClientGone(Exception):
-    """The client closed the connection before its request had arrived whole. Nobody is left to be told."""
+    """The client closed the connection, or reads no more, before its answer was complete. Nobody is left to be told."""
 
 
 async def read_body(scope: Scope, receive: Receive, limits: Limits) -> bytes:
@@ -80,6 +82,19 @@ async def read_body(scope: Scope, receive: Receive, limits: Limits) -> bytes:
             f"The request body did not arrive within {limits.body_timeout_s:g} s.", code="body_timeout", status=408
         ) from error
     return bytes(body)
+
+
+def patient(send: Send, limits: Limits) -> Send:
+    """`send` that raises ClientGone when the client takes nothing for `limits.send_timeout_s`."""
+
+    async def send_in_time(message: Message) -> None:
+        try:
+            async with asyncio.timeout(limits.send_timeout_s):
+                await send(message)
+        except TimeoutError as error:
+            raise ClientGone from error
+
+    return send_in_time
 
 
 class Gate:
