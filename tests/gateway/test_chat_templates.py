@@ -6,6 +6,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from support.gateway import TEMPLATE, byte_level_tokenizer
 
 from shoal.gateway.chat import ChatTemplate
 from shoal.gateway.errors import RequestError
@@ -15,7 +16,7 @@ HELLO = [Message("user", "hello")]
 
 
 def template(source: object, timeout_s: float = 5.0) -> ChatTemplate:
-    tokenizer = SimpleNamespace(chat_template=source, bos_token="<s>", eos_token="</s>")
+    tokenizer = SimpleNamespace(chat_template=source, special_tokens_map={"bos_token": "<s>", "eos_token": "</s>"})
     return ChatTemplate(tokenizer, "toy", timeout_s=timeout_s)  # type: ignore[arg-type]
 
 
@@ -35,6 +36,42 @@ def test_the_usual_parts_of_a_template_work() -> None:
 {%- if add_generation_prompt %}{{ '>' ~ ns.n }}{% endif %}"""
     messages = [Message("system", " be kind "), Message("user", "<b>&"), Message("assistant", "ok")]
     assert rendered(source, *messages) == "<s>[be kind]user=<b>&|assistant=ok>3"
+
+
+LLAMA_LIKE = """{%- if not date_string is defined %}{%- set date_string = "26 Jul 2024" %}{%- endif %}
+{{- bos_token }}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content'] | trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = "" %}
+{%- endif %}
+{{- "<|system|>\\n" + "Today: " + date_string + "\\n" }}
+{%- if tools is not none %}{{- "Environment: ipython\\n" }}{%- endif %}
+{{- system_message + "<|eot|>" }}
+{%- for message in messages %}
+    {{- '<|' + message['role'] + '|>\\n' + message['content'] | trim + '<|eot|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|assistant|>\\n' }}{%- endif %}
+"""
+CHECKING = """{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+{{ raise_exception('Roles must alternate') }}{% endif %}
+{% if message.role == 'user' %}{{ '[INST] ' + message.content + ' [/INST]' }}{% else %}{{ message.content + eos_token }}
+{% endif %}{% endfor %}
+"""
+
+
+@pytest.mark.parametrize("source", [LLAMA_LIKE, CHECKING, TEMPLATE])
+def test_a_prompt_is_the_one_that_transformers_makes(source: str) -> None:
+    tokenizer = byte_level_tokenizer(template=source)
+    messages = [Message("user", " hi <b> "), Message("assistant", "ho"), Message("user", "ha\n")]
+    ours = ChatTemplate(tokenizer, "toy").render(messages)
+    theirs = tokenizer.apply_chat_template(
+        [{"role": message.role, "content": message.content} for message in messages],
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    assert ours == theirs
 
 
 def test_json_is_written_as_transformers_writes_it() -> None:

@@ -34,7 +34,6 @@ MAX_NUMBER_BITS = 4096
 
 _PADDING_METHODS = frozenset({"center", "expandtabs", "ljust", "rjust", "zfill"})
 _WIDE_FORMAT = re.compile(r"\d{4}")
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 _deadline: ContextVar[float] = ContextVar("deadline")
 
@@ -48,7 +47,13 @@ class ChatTemplate:
         self._source: str | None = source.get("default") if isinstance(source, Mapping) else source
         self._model = model
         self._timeout_s = timeout_s
-        self._tokens = {name: str(getattr(tokenizer, name, None) or "") for name in _SPECIAL_TOKENS}
+        # bos_token, eos_token and the like, for templates that write them.
+        tokens = getattr(tokenizer, "special_tokens_map", {})
+        self._given: dict[str, Any] = {
+            name: str(token) for name, token in tokens.items() if not isinstance(token, list)
+        }
+        # Templates ask for these with "is none", not only with "is defined".
+        self._given |= {"tools": None, "documents": None, "add_generation_prompt": True}
 
     def render(self, messages: Sequence[Message]) -> str:
         """The prompt text, up to where the answer begins. Raises RequestError (400), also for a broken template."""
@@ -62,7 +67,7 @@ class ChatTemplate:
         plain = [self._plain(message) for message in messages]
         reset = _deadline.set(time.monotonic() + self._timeout_s)
         try:
-            return _joined(self._template.generate(messages=plain, add_generation_prompt=True, **self._tokens))
+            return _joined(self._template.generate(self._given, messages=plain))
         except TemplateSyntaxError as error:
             raise self._refuse(f"line {error.lineno}: {error.message}") from error
         except TemplateError as error:
