@@ -231,6 +231,9 @@ class BlockServer:
         outbox = Outbox(conn)
         drives = conn.peer.role in ("client", "gateway")
         if drives:
+            if node in self._drivers and self._serving is not None:
+                # A driver keeps one connection to us: it gave the old one up, though that news is still on its way.
+                self._perform(self._serving.on_driver_lost(node, time.monotonic()))
             self._drivers[node] = outbox
         try:
             while True:

@@ -504,10 +504,6 @@ class Driver(Node):
     def on_view_changed(self) -> None:
         self._each(list(self.running), session.Session.on_view_changed, self.now())
 
-    def on_round(self) -> None:
-        """Suspicions end by time alone, which changes what is possible without a word from anybody."""
-        self._each(list(self.running), session.Session.on_view_changed, self.now())
-
     def _each(self, ids: Iterable[bytes], event: Callable[..., list[session.Action]], *about: object) -> None:
         """Tell the sessions that still run what happened, and do what they say."""
         for id in ids:

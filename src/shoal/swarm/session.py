@@ -36,6 +36,8 @@ Plan = Callable[[BlockRange, frozenset[str], int, float], Sequence[Hop] | None]
 class SessionConfig:
     patience_s: float = 10.0
     """How long to wait for servers to appear before the session fails with swarm_incomplete."""
+    replan_s: float = 0.5
+    """How often to look again meanwhile: servers stop being suspected or full without a word from the registry."""
     open_timeout_s: float = 5.0
     """A server that does not answer Open or Relink within this time is left alone."""
     progress_timeout_s: float = 120.0
@@ -229,6 +231,7 @@ class Session:
         """Reachable from here but not from its neighbour: taken again when there is no other."""
         self._was_live = False
         self._planning_since: float | None = None
+        self._planned_at = 0.0
         self._asked_at: float | None = None
         self._progress_at = 0.0
         self._replans_since_progress = 0
@@ -357,7 +360,7 @@ class Session:
         if self.ended:
             return None
         if self._planning_since is not None:
-            return min([self._planning_since + self._config.patience_s, *self._avoid.values()])
+            return min(self._planning_since + self._config.patience_s, self._planned_at + self._config.replan_s)
         if self._asked_at is not None:
             return self._asked_at + self._config.open_timeout_s
         if self._done < self._logs[0].end:
@@ -429,6 +432,7 @@ class Session:
         planned = self._plan_runs(now) or self._plan_whole(now)
         if planned is None:
             self._asked_at = None
+            self._planned_at = now
             if self._planning_since is None:
                 self._planning_since = now
             # Being full is an answer, not an outage: a session that has not begun is told at once.
