@@ -156,19 +156,22 @@ class Conn:
                 self._wake_senders()
                 raise
         try:
-            self.send_nowait(message, body, deadline_ms=deadline_ms)
+            self._send(message, body, lane, deadline_ms)
         finally:
             self._wake_senders()
 
     def send_nowait(self, message: Message, body: Iterable[Buffer] | Buffer = (), *, deadline_ms: int = 0) -> None:
         """`send` without waiting: raises Full while the message's lane is full."""
+        lane = codec.lane(message)
+        if self._error is None and self._is_full(lane):
+            raise Full(f"The connection to {self._peer} has {self._writer.queued_bytes(lane)} bytes waiting.")
+        self._send(message, body, lane, deadline_ms)
+
+    def _send(self, message: Message, body: Iterable[Buffer] | Buffer, lane: Lane, deadline_ms: int) -> None:
         if self._error is not None:
             raise _again(self._error)
         if self._peer is None:
             raise RuntimeError("the connection has not been greeted yet")
-        lane = codec.lane(message)
-        if self._is_full(lane):
-            raise Full(f"The connection to {self._peer} has {self._writer.queued_bytes(lane)} bytes waiting.")
         kind, meta = codec.encode(message)
         parts = [body] if isinstance(body, bytes | bytearray | memoryview) else list(body)
         size = sum(memoryview(part).nbytes for part in parts)
@@ -398,6 +401,8 @@ class Conn:
 
     def _wake_senders(self) -> None:
         """Let one sender of every lane with room go on; it wakes the next when it has pushed, failed or given up."""
+        if not any(self._waiting_senders.values()):
+            return
         for lane, waiting in self._waiting_senders.items():
             while waiting and (self._error is not None or not self._is_full(lane)):
                 future = waiting.popleft()
