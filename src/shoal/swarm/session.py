@@ -9,7 +9,8 @@ can be rebuilt on another server by replaying them; the stages that lived keep t
 
 How a lost stage comes back (docs/concepts/lost-server.md tells it as a story):
  1. the lost stage and its neighbours that were not yet rebuilt form a run; other servers are planned for its blocks;
- 2. they get Open, the surviving stage before them gets Relink and answers from which position on it pushes to them;
+ 2. they get Open; once all have opened, the surviving stage before them gets Relink and answers from which position on
+    it pushes to them;
  3. everything below that position is replayed from the journal; what the next stage has already is not sent on;
  4. steps that arrive twice are dropped by position, so nobody needs to know exactly how far the dead server came.
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from shoal.errors import Full, ShoalError, SwarmIncomplete
@@ -155,6 +157,8 @@ class Log:
 class _Stage:
     hop: Hop
     epoch: int
+    asked: bool = True
+    """Open or Relink was sent for the current plan. A Relink waits until all new servers have opened."""
     answered: bool = False
     """Opened (and relinked, where asked) for the current plan."""
     synced: bool = False
@@ -283,7 +287,7 @@ class Session:
             return []
         if isinstance(message, msg.Opened) and message.epoch == stage.epoch:
             stage.answered = not stage.relinking
-            return self._maybe_live(now)
+            return self._relink_when_open() + self._maybe_live(now)
         if isinstance(message, msg.Relinked) and message.epoch == self._epoch and stage.relinking:
             stage.relinking = False
             stage.answered = True
@@ -374,7 +378,7 @@ class Session:
         if self._planning_since is not None:
             return self._replan(now)
         if self._asked_at is not None:
-            silent = [stage for stage in self._stages if not stage.answered]
+            silent = [stage for stage in self._stages if stage.asked and not stage.answered]
             return self._lose(silent, "no answer", now, reachable=True)
         return self._lose([self._stuck()], "no progress", now, reachable=True)
 
@@ -535,17 +539,27 @@ class Session:
                     )
                 )
             else:
-                stage.answered = after is None or after.epoch != self._epoch
-                if not stage.answered:
-                    stage.relinking = True
-                    actions.append(
-                        Tell(stage.node, stage.hop.addresses, msg.Relink(self.id, self._epoch, following))
-                    )
+                stage.relinking = after is not None and after.epoch == self._epoch
+                stage.answered = not stage.relinking
+                stage.asked = False
         # A boundary that no stage of the new chain begins or ends at will never grow again.
         borders = {border for stage in stages for border in (stage.hop.blocks.start, stage.hop.blocks.end)}
         for block in [block for block in self._logs if block not in borders]:
             del self._logs[block]
         return actions + self._maybe_live(now)
+
+    def _relink_when_open(self) -> list[Action]:
+        """Once every new server has opened, link the survivors to them. Not before: a survivor pushes on as soon as it
+        is told to, and a server that does not know the session yet would drop those rows."""
+        if any(stage.epoch == self._epoch and not stage.answered for stage in self._stages):
+            return []
+        actions: list[Action] = []
+        for stage, after in pairwise(self._stages):
+            if stage.relinking and not stage.asked:
+                stage.asked = True
+                following = msg.Hop(after.node, list(after.hop.addresses))
+                actions.append(Tell(stage.node, stage.hop.addresses, msg.Relink(self.id, self._epoch, following)))
+        return actions
 
     def _processed_by(self, after: _Stage | None) -> int:
         """Positions that the next stage has certainly computed; None is ourselves, taking results.

@@ -2,6 +2,7 @@
 
 safety     faults for ever: nothing wrong is ever emitted, nothing is emitted twice, every request ends
 liveness   faults, then everything heals: every generation finishes in bounded time, nothing is left behind
+failover   one loss with a spare at hand: one new plan, and a gap no longer than noticing and replaying take
 gossip     registry views of many nodes converge, and converge again after a partition
 """
 
@@ -10,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from shoal.sim.report import Report
-from shoal.sim.scenarios import generations, gossip
+from shoal.sim.scenarios import failover, generations, gossip
 
 SCENARIOS: dict[str, Callable[..., Report]] = {
     "safety": generations.safety,
     "liveness": generations.liveness,
+    "failover": failover.one_loss,
     "gossip": gossip.converges,
 }
 

@@ -1,0 +1,76 @@
+"""One loss in a swarm with a spare for every span: the answer goes on at once, and nothing is planned twice.
+
+Safety and liveness leave room for detours (a healthy replacement given up for no reason, a wait that a timer ends).
+This scenario does not: after one fault there is exactly one new plan, and the gap is what noticing, opening and
+replaying take.
+"""
+
+from __future__ import annotations
+
+from shoal.sim import toy
+from shoal.sim.links import PING_S, SILENT_S, LinkConfig, Network
+from shoal.sim.machines import MODEL, Driver, Generation, Server
+from shoal.sim.report import Report
+from shoal.sim.world import World, Wrong
+from shoal.spec.ids import BlockRange
+from shoal.swarm.serving import ServingConfig
+from shoal.swarm.session import SessionConfig
+
+NUM_BLOCKS = 12
+STEP_MS = 1.0
+LATENCY_S = (0.0005, 0.005)
+REPLAN_AND_REPLAY_S = 0.5
+"""Bound for opening the replacement and replaying at most 60 rows: four times one way, and 60 rows through its span."""
+KINDS = ("kill", "power_off", "freeze", "cut", "cut_push", "drain")
+
+
+def one_loss(seed: int, *, trace: list[str] | None = None) -> Report:
+    """Break one server in use (or a connection of it) in the middle of a generation."""
+    world = World(seed, trace=trace)
+    rng = world.rng
+    network = Network(world, LinkConfig(latency_s=LATENCY_S))
+    driver = Driver(world, network, "d0", ["d0"], NUM_BLOCKS, SessionConfig())
+    size = NUM_BLOCKS // rng.choice([2, 3, 4])
+    servers: dict[str, Server] = {}
+    for start in [*range(0, NUM_BLOCKS, size)] * 2:
+        offer = ServingConfig(model=MODEL, blocks=BlockRange(start, start + size), cache_tokens=1024)
+        name = f"s{len(servers)}"
+        servers[name] = Server(world, network, name, ["d0"], offer, STEP_MS)
+    for machine in [driver, *servers.values()]:
+        machine.start()
+    world.run_for(3.0)
+
+    prompt = [rng.randrange(toy.VOCABULARY) for _ in range(rng.randint(1, 20))]
+    tokens, outputs = toy.generate(prompt, NUM_BLOCKS, 40)
+    generation = Generation(prompt, 40, 16, tokens, outputs, len(prompt) - 1)
+    driver.generate(generation)
+    enough = rng.randint(1, 39)
+    world.run_until(lambda: len(generation.tokens) >= enough, 30.0, "the generation is under way")
+    ((session, _),) = driver.running.values()
+    kind = rng.choice(KINDS)
+    # A push link leads from a stage to the next one, so the last stage has none.
+    chain = session.chain[:-1] if kind == "cut_push" else session.chain
+    _strike(network, servers[rng.choice(chain).node], kind)
+    world.run_until(lambda: generation.ended, 30.0, "the generation has finished")
+    if generation.tokens != tokens:
+        raise Wrong(f"{len(generation.tokens)} of {len(tokens)} tokens came, then {generation.error!r}")
+    limit_s = REPLAN_AND_REPLAY_S + (SILENT_S + PING_S if kind in ("freeze", "power_off") else 0.0)
+    stall_s = max((recovery.stall_s for recovery in generation.recoveries), default=0.0)
+    if stall_s > limit_s:
+        raise Wrong(f"after a {kind} the answer stood still for {stall_s:.2f} s, more than {limit_s:.2f} s")
+    if driver.replans > 2:
+        raise Wrong(f"one {kind} led to {driver.replans - 1} new plans")
+    figures = {"stall_s": round(stall_s, 3), "replans": driver.replans, "replayed_rows": driver.replayed_rows}
+    return Report("failover", seed, world.now, world.events, figures, {kind: 1}, trace)
+
+
+def _strike(network: Network, server: Server, kind: str) -> None:
+    if kind in ("kill", "power_off"):
+        server.kill(power_off=kind == "power_off")
+    elif kind == "freeze":
+        server.freeze()
+    elif kind == "drain":
+        server.leave()
+    else:
+        ends = [end for end in network.ends_of(server) if isinstance(end.peer, Server) == (kind == "cut_push")]
+        network.cut(ends[-1])
