@@ -13,10 +13,9 @@ import click
 from shoal.cli import output
 
 if TYPE_CHECKING:
-    from shoal.client.driver import Driver
+    from shoal.net.seed import Seed
     from shoal.net.tls import TlsTransport
-    from shoal.net.transport import Conn
-    from shoal.wire.messages import Message, WireType
+    from shoal.wire.messages import WireType
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +54,7 @@ def gateway_process(**options: Any) -> int:
 async def _main(options: Options) -> None:
     from shoal.cli import process
     from shoal.net.identity import NodeIdentity
+    from shoal.net.seed import Seed
     from shoal.net.tls import TlsTransport
 
     stop = asyncio.Event()
@@ -65,62 +65,21 @@ async def _main(options: Options) -> None:
     # Listen before torch is imported, so that the servers start beside us and not after us.
     listener = await transport.listen("tcp://127.0.0.1:0", seed.on_conn)
     output.answer_json({"swarm": listener.address})
-    serving = asyncio.create_task(_serve(options, seed, transport, identity.peer.node, stop))
+    serving = asyncio.create_task(_serve(options, seed, transport, identity.peer.node))
     stopped = asyncio.create_task(stop.wait())
     await asyncio.wait([serving, stopped], return_when=asyncio.FIRST_COMPLETED)
     stopped.cancel()
-    if not seed.answering:
-        serving.cancel()
+    serving.cancel()  # stopped: it leaves its own way (streams end, sessions close); ended by itself: no effect
     try:
         await serving
     except asyncio.CancelledError:
-        if not stop.is_set():
-            raise
+        pass
     finally:
         await listener.close()
 
 
-class Seed:
-    """The registry seed: takes the servers' gossip and can send them their assignment."""
-
-    def __init__(self, node: str) -> None:
-        from shoal.net.directory import Directory
-
-        self.changed = asyncio.Event()
-        self.directory = Directory(node, on_change=self._on_change)
-        self.driver: Driver | None = None
-        self.answering = False
-        self._conns: dict[str, Conn] = {}
-
-    def _on_change(self) -> None:
-        self.changed.set()
-        if self.driver is not None:
-            self.driver.view_changed()
-
-    async def on_conn(self, conn: Conn) -> None:
-        """Gossip with one node until its connection ends."""
-        from shoal.wire.messages import Sync
-
-        self._conns[conn.peer.node] = conn
-        try:
-            while True:
-                message, _ = await conn.receive()
-                if isinstance(message, Sync):
-                    answer = self.directory.on_sync(message)
-                    if answer is not None:
-                        await conn.send(answer)
-        finally:
-            if self._conns.get(conn.peer.node) is conn:
-                del self._conns[conn.peer.node]
-
-    def send(self, node: str, message: Message) -> None:
-        """To a server that is connected; one that is not has left, and its lease will say so."""
-        if (conn := self._conns.get(node)) is not None:
-            conn.send_nowait(message)
-
-
-async def _serve(options: Options, seed: Seed, transport: TlsTransport, node: str, stop: asyncio.Event) -> None:
-    """Load both ends of the model, give out the blocks, answer HTTP until `stop`."""
+async def _serve(options: Options, seed: Seed, transport: TlsTransport, node: str) -> None:
+    """Load both ends of the model, give out the blocks, answer HTTP until cancelled."""
     import torch
 
     from shoal.client.driver import Driver, DriverConfig
@@ -141,26 +100,18 @@ async def _serve(options: Options, seed: Seed, transport: TlsTransport, node: st
     dtype: torch.dtype = getattr(torch, options.dtype)
     facts = await loop.run_in_executor(compute, describe, options.model)
     tokenizer = await loop.run_in_executor(compute, load_tokenizer, options.model)
-    size = dtype.itemsize
+    needs = ModelNeeds(
+        block_bytes=tuple(params * dtype.itemsize for params in facts.block_params),
+        kv_bytes_per_block_token=facts.kv_params_per_token * dtype.itemsize,
+        cache_tokens=facts.context_length,
+        legal_cuts=facts.legal_cuts,
+    )
     placing = asyncio.create_task(
-        assign_blocks(
-            seed.directory,
-            seed.changed,
-            seed.send,
-            model=facts.name,
-            needs=ModelNeeds(
-                block_bytes=tuple(params * size for params in facts.block_params),
-                kv_bytes_per_block_token=facts.kv_params_per_token * size,
-                cache_tokens=facts.context_length,
-                legal_cuts=facts.legal_cuts,
-            ),
-            stages=options.servers,
-            replicas=options.replicas,
-        )
+        assign_blocks(seed, facts.name, needs, stages=options.servers, replicas=options.replicas)
     )
     ends = await loop.run_in_executor(compute, lambda: build_ends(options.model, dtype=dtype, device=options.device))
     metrics = Metrics()
-    driver = seed.driver = Driver(
+    driver = Driver(
         facts,
         HeadEngine(ends, exact=dtype == torch.float32),
         node=node,
@@ -171,6 +122,7 @@ async def _serve(options: Options, seed: Seed, transport: TlsTransport, node: st
         on_recovered=lambda recovered: metrics.failover(recovered.cause),
     )
     driver.start()
+    seed.on_change = driver.view_changed
     placement = await placing
     model = SwarmModel(
         options.name, driver, seed.directory, tokenizer, eos_ids=ends.eos_ids, placement=placement.explain()
@@ -181,17 +133,14 @@ async def _serve(options: Options, seed: Seed, transport: TlsTransport, node: st
         reason = f"No server hosts blocks {', '.join(missing)}." if missing else ""
         return ReadyState(not missing, reason, {options.name: not missing})
 
-    while model.missing():
-        seed.changed.clear()
-        await seed.changed.wait()
+    await seed.wait_for(lambda records: not model.missing())
     accounts = Accounts(options.swarm_dir / "accounts.sqlite")
     key, _ = accounts.create("shoal up")
     app = create_app({options.name: model}, accounts, ready=ready, status=model.status, metrics=metrics)
     try:
         async with serve(app, "127.0.0.1", options.port) as listening:
-            seed.answering = True
             output.answer_json({"api": f"{listening.url}/v1", "key": key})
-            await stop.wait()
+            await asyncio.Event().wait()  # until cancelled
     finally:
         await driver.close()
         accounts.close()

@@ -21,6 +21,7 @@ COMMANDS: dict[str, Entry] = {
     "up": Entry("shoal.cli.up:up", "Run a private swarm on this machine until Ctrl-C."),
     "status": Entry("shoal.cli.status:status", "Show who hosts which blocks; exit code 3 when some are missing."),
     "generate": Entry("shoal.cli.generate:generate", "Continue a text with the running swarm."),
+    "bench": Entry("shoal.cli.bench:bench", "Measure shoal on this machine."),
     "server-process": Entry(
         "shoal.cli.server_process:server_process",
         "Host some blocks of a model (started by `shoal up`).",

@@ -33,7 +33,8 @@ def _show(found: dict[str, Any], explain: bool) -> None:
     blocks = found["blocks"]
     state = "every block is covered" if found["covered"] else f"blocks {', '.join(found['missing'])} are missing"
     output.answer(f"{found['model']}: {blocks} blocks, {state}\n")
-    output.answer(f"  {'server':<9} {'state':<9} {'blocks':<8} {_bar_title(blocks)} ms/block  sessions  queue  cache free")
+    columns = f"  {'server':<9} {'state':<9} {'blocks':<8} {_bar_title(blocks)}"
+    output.answer(f"{columns} ms/block  sessions  queue  cache free")
     for server in sorted(found["servers"], key=lambda s: (_start(s), s["id"])):
         output.answer(
             f"  {server['id'][:8]:<9} {server['state']:<9} {server['blocks'] or '-':<8} {_bar(server, blocks)} "
@@ -51,7 +52,8 @@ def _show(found: dict[str, Any], explain: bool) -> None:
         for line in found["explain"]:
             output.answer(f"  {line}")
         for server in found["servers"]:
-            output.answer(f"  {server['id'][:8]} offers {show_bytes(server['memory_bytes'])}, computes in {server['dtype']}")
+            memory = show_bytes(server["memory_bytes"])
+            output.answer(f"  {server['id'][:8]} offers {memory} and computes in {server['dtype']}")
 
 
 def _start(server: dict[str, Any]) -> int:

@@ -260,6 +260,15 @@ class Driver:
 
     # --- looking ---------------------------------------------------------------------------------------------
 
+    @property
+    def vocab_size(self) -> int:
+        return self._head.ends.vocab_size
+
+    def chain_in_use(self) -> list[str]:
+        """Nodes, in order, that the running generation longest under way goes through; empty when none runs."""
+        chains = self.sessions.chains()
+        return [hop.node for hop in chains[0]] if chains else []
+
     def statistics(self) -> dict[str, Any]:
         counters = self.sessions.counters
         return {

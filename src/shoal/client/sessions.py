@@ -277,6 +277,10 @@ class Sessions:
 
     # --- looking ---------------------------------------------------------------------------------------------
 
+    def chains(self) -> list[tuple[Hop, ...]]:
+        """The chain of every open session, the oldest session first."""
+        return [handle.session.chain for handle in self._handles.values()]
+
     def rtts_ms(self) -> dict[str, float]:
         """Round trip to each connected server."""
         return {node: link.rtt_s * 1e3 for node, link in self._links.items() if link.rtt_s is not None}

@@ -1,46 +1,31 @@
 """Gives blocks to servers that join without any: waits for all that are expected, places, assigns.
 
-It lives beside the registry seed. Decisions are in swarm/placement.py; this only gathers offers and sends Assign.
+The decision is swarm/placement.py; this gathers the offers from the registry seed and sends Assign.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
-
-from shoal.net.directory import Directory
+from shoal.net.seed import Seed
 from shoal.swarm.placement import ModelNeeds, NodeOffer, Placement, place
-from shoal.wire.messages import Assign, Message, Record, Span
-
-Send = Callable[[str, Message], None]
-"""send(node, message) to a connected server."""
+from shoal.wire.messages import Assign, Record, Span
 
 
-async def assign_blocks(
-    directory: Directory,
-    changed: asyncio.Event,
-    send: Send,
-    *,
-    model: str,
-    needs: ModelNeeds,
-    stages: int,
-    replicas: int,
-) -> Placement:
-    """Wait for stages * replicas servers in state "joining", place the model over them, and tell each its blocks.
+async def assign_blocks(seed: Seed, model: str, needs: ModelNeeds, *, stages: int, replicas: int) -> Placement:
+    """Wait for stages * replicas servers, place the model over them, and tell each its blocks.
 
     Raises NotEnoughRoom when the model does not fit on them.
     """
-    while True:
-        offers = {record.node: record for record in directory.live() if record.role == "server"}
-        if len(offers) >= stages * replicas:
-            break
-        changed.clear()
-        await changed.wait()
-    placement = place(needs, [_offer(record) for record in offers.values()], stages=stages, replicas=replicas)
+    expected = stages * replicas
+    records = await seed.wait_for(lambda records: len(_servers(records)) >= expected)
+    placement = place(needs, [_offer(record) for record in _servers(records)], stages=stages, replicas=replicas)
     for assignment in placement.assignments:
         blocks = assignment.blocks
-        send(assignment.node, Assign(Span(model, blocks.start, blocks.end), assignment.reason[:1024]))
+        seed.send(assignment.node, Assign(Span(model, blocks.start, blocks.end), assignment.reason[:1024]))
     return placement
+
+
+def _servers(records: list[Record]) -> list[Record]:
+    return [record for record in records if record.role == "server"]
 
 
 def _offer(record: Record) -> NodeOffer:

@@ -1,0 +1,53 @@
+"""The registry seed: the node that all others sync with, and that can speak to each of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+
+from shoal.errors import ShoalError
+from shoal.net.directory import Directory
+from shoal.net.transport import Conn
+from shoal.wire.messages import Message, Record, Sync
+
+
+class Seed:
+    """Takes the gossip of every node that connects. Losing it loses no session: drivers and servers go on with what
+    they know, and it is filled again within a second of its return."""
+
+    def __init__(self, node: str) -> None:
+        self.directory = Directory(node, on_change=self._changed)
+        self.on_change: Callable[[], None] = lambda: None
+        self._news = asyncio.Event()
+        self._conns: dict[str, Conn] = {}
+
+    def _changed(self) -> None:
+        self._news.set()
+        self.on_change()
+
+    async def on_conn(self, conn: Conn) -> None:
+        """Handle one accepted connection until it ends."""
+        node = conn.peer.node
+        self._conns[node] = conn
+        try:
+            while True:
+                message, _ = await conn.receive()
+                if isinstance(message, Sync) and (answer := self.directory.on_sync(message)) is not None:
+                    await conn.send(answer)
+        finally:
+            if self._conns.get(node) is conn:
+                del self._conns[node]
+
+    def send(self, node: str, message: Message) -> None:
+        """To a connected node; to one that has left, nothing is sent, and its lease will tell."""
+        if (conn := self._conns.get(node)) is not None:
+            with suppress(ShoalError):
+                conn.send_nowait(message)
+
+    async def wait_for(self, ready: Callable[[list[Record]], bool]) -> list[Record]:
+        """The live records, as soon as they satisfy `ready`."""
+        while not ready(records := self.directory.live()):
+            self._news.clear()
+            await self._news.wait()
+        return records
