@@ -59,6 +59,17 @@ async def joined(
         await listener.close()
 
 
+async def fill(conn: Conn) -> int:
+    """Send large steps until nothing on the way takes more; how many were sent."""
+    for sent in range(1000):
+        try:
+            conn.send_nowait(*step(512, width=512))
+        except Full:
+            return sent
+        await asyncio.sleep(0.01)
+    raise AssertionError("a thousand MiB fit nowhere")
+
+
 async def until(happened: Callable[[], bool]) -> None:
     while not happened():
         await asyncio.sleep(0.005)
@@ -281,6 +292,24 @@ def test_a_receiver_that_stalls_holds_the_sender_back_and_loses_nothing(play: Pl
             await sending
             positions = [message.items[0].position for message in received if isinstance(message, Step)]
             assert positions == list(range(count))
+
+    play(scenario)
+
+
+def test_a_sender_that_gives_up_does_not_keep_the_next_one_waiting(play: Play) -> None:
+    async def scenario(network: Network) -> None:
+        narrow = dataclasses.replace(FAST, send_queue_bytes=2**20, receive_queue_bytes=2**20)
+        async with joined(network, settings=narrow) as (gateway, server):
+            sent = await fill(gateway)
+            waiting = [asyncio.ensure_future(gateway.send(*step(512, width=512))) for _ in range(3)]
+            await asyncio.sleep(0)
+            waiting[0].cancel()
+            await collect(server, sent + 2)
+            assert [type(result) for result in await asyncio.gather(*waiting, return_exceptions=True)] == [
+                asyncio.CancelledError,
+                type(None),
+                type(None),
+            ]
 
     play(scenario)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import datetime
+import socket
 import ssl
 import struct
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from shoal.errors import PeerLost, ProtocolError, Refused, UsageError
 from shoal.net import tls
 from shoal.net.identity import NodeIdentity, issue_node
 from shoal.net.tls import TlsTransport
-from shoal.net.transport import Address, Conn
+from shoal.net.transport import Address, Conn, Heartbeat
 from shoal.wire import codec
 from shoal.wire.frames import FrameReader, FrameWriter
 from shoal.wire.messages import Fault, Hello, Message, Ping
@@ -174,6 +175,38 @@ def test_a_second_hello_ends_the_connection() -> None:
         data = b"".join(b"".join(buffers) for buffers in iter(writer.next_frame, None))
         answer = await speak(gateway.client_context(), listener.address, data)
         assert faults(answer) == ["The first message, and only the first, must be Hello."]
+        await listener.close()
+
+    run(scenario)
+
+
+def test_a_member_that_never_reads_its_answers_is_cut() -> None:
+    async def scenario() -> None:
+        ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+        async def note(conn: Conn) -> None:
+            try:
+                await conn.receive()
+            except PeerLost as error:
+                ended.set_result(str(error))
+
+        # Silence must not be what ends it.
+        patient = dataclasses.replace(FAST, heartbeat=Heartbeat(ping_after_s=60, silent_after_s=60))
+        listener = await TlsTransport(identity("server"), patient).listen(ANY_PORT, note)
+        gateway = identity("gateway")
+        frames = FrameWriter()
+        frames.push(*codec.encode(Hello(1, gateway.peer.swarm, gateway.peer.node, "gateway")))
+        for nonce in range(40_000):
+            frames.push(*codec.encode(Ping(nonce)))
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        target = Address.parse(listener.address)
+        sock.connect((target.host, target.port))
+        _, writer = await asyncio.open_connection(sock=sock, ssl=gateway.client_context(), server_hostname="")
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        writer.write(b"".join(b"".join(buffers) for buffers in iter(frames.next_frame, None)))
+        assert "does not read what it is sent" in await ended
+        writer.transport.abort()
         await listener.close()
 
     run(scenario)
