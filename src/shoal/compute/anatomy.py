@@ -33,16 +33,29 @@ class Anatomy:
         decoder: the module whose forward makes masks and rotary tables and runs the layers (no head).
         owner, attribute: the layers are `getattr(owner, attribute)`, a ModuleList.
         prefix: name of that ModuleList in the whole model, for example "model.layers".
+        others: names of models beside the decoder (a vision tower), which text never passes through.
     """
 
     decoder: PreTrainedModel
     owner: nn.Module
     attribute: str
     prefix: str
+    others: tuple[str, ...]
 
     @property
     def layers(self) -> nn.ModuleList:
         return getattr(self.owner, self.attribute)
+
+    def hosts(self, name: str, blocks: range) -> bool:
+        """Whether the parameter `name` belongs to one of the layers `blocks`."""
+        if not name.startswith(self.prefix + "."):
+            return False
+        number = name[len(self.prefix) + 1 :].partition(".")[0]
+        return number.isdigit() and int(number) in blocks
+
+    def at_the_ends(self, name: str) -> bool:
+        """Whether the parameter `name` is used before the first or after the last layer."""
+        return not any(name.startswith(part + ".") for part in (self.prefix, *self.others))
 
     def replace_layers(self, layers: list[nn.Module]) -> None:
         setattr(self.owner, self.attribute, nn.ModuleList(layers))
@@ -64,25 +77,33 @@ def depth(config: PretrainedConfig) -> int:
 def examine(model: PreTrainedModel) -> Anatomy:
     """Find the stack of layers of a causal language model. Raises CannotSplit when there is not exactly one."""
     count = depth(model.config)
-    decoder = model.get_decoder()
-    if not isinstance(decoder, PreTrainedModel) or decoder is model:
-        decoder = model.base_model
+    names = {module: name for name, module in model.named_modules()}
+    text_model = model.get_decoder()
+    if not isinstance(text_model, PreTrainedModel):  # some families call their output layer "decoder"
+        text_model = model
     stacks = [
-        (name, module)
-        for name, module in decoder.named_modules()
+        module
+        for name, module in text_model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == count and not _inside_a_stack(name)
     ]
-    layered = [stack for stack in stacks if all(isinstance(layer, GradientCheckpointingLayer) for layer in stack[1])]
-    stacks = layered or stacks
+    stacks = [
+        stack for stack in stacks if all(isinstance(layer, GradientCheckpointingLayer) for layer in stack)
+    ] or stacks
     if len(stacks) != 1:
         raise CannotSplit(
-            f"{type(model).__name__} has {len(stacks)} stacks of {count} layers ({[name for name, _ in stacks]}); "
-            "a cut needs exactly one."
+            f"{type(model).__name__} has {len(stacks)} stacks of {count} layers "
+            f"({', '.join(names[stack] for stack in stacks)}); a cut needs exactly one."
         )
-    name = stacks[0][0]
-    owner_name, _, attribute = name.rpartition(".")
-    whole_name = next(full for full, module in model.named_modules() if module is stacks[0][1])
-    return Anatomy(decoder, decoder.get_submodule(owner_name), attribute, whole_name)
+    prefix = names[stacks[0]]
+    owner_name, _, attribute = prefix.rpartition(".")
+    models = {name: module for module, name in names.items() if isinstance(module, PreTrainedModel)}
+    home = max((name for name in models if not name or prefix.startswith(name + ".")), key=len)
+    others = tuple(name for name in models if not (home + ".").startswith(name + ".") and not _within(name, home))
+    return Anatomy(models[home], model.get_submodule(owner_name), attribute, prefix, others)
+
+
+def _within(name: str, home: str) -> bool:
+    return not name or not home or name.startswith(home + ".")
 
 
 def _inside_a_stack(name: str) -> bool:

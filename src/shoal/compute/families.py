@@ -58,7 +58,7 @@ COMMON: dict[str, Any] = {
     "qk_nope_head_dim": 16,
     "qk_rope_head_dim": 8,
     "v_head_dim": 16,
-    "index_n_heads": 2,
+    "index_n_heads": 8,
     "index_head_dim": 16,
     "index_topk": 8,
     # state spaces and linear attention
@@ -75,6 +75,7 @@ COMMON: dict[str, Any] = {
 
 # Latent attention expands to one key per head; its rotary part is what the configuration calls head_dim.
 _LATENT = {"num_key_value_heads": 4, "head_dim": COMMON["qk_rope_head_dim"]}
+_SCALED = {"logits_scaling": 4.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.5}
 _ATTENTION_EVERY_THIRD = ["linear_attention", "linear_attention", "full_attention"] * 2
 
 # Families that are cut, with what they need beside COMMON.
@@ -124,8 +125,8 @@ SPLIT: dict[str, dict[str, Any]] = {
     "gpt_neox_japanese": {},
     "gpt_oss": {},
     "gptj": {"rotary_dim": 8},
-    "granite": {},
-    "granitemoe": {},
+    "granite": _SCALED,
+    "granitemoe": _SCALED,
     "granitemoehybrid": {"layer_types": ["mamba", "mamba", "attention"] * 2},
     "granitemoeshared": {},
     "helium": {},
@@ -179,7 +180,7 @@ SPLIT: dict[str, dict[str, Any]] = {
     "opt": {},
     "persimmon": {},
     "phi": {},
-    "phi3": {},
+    "phi3": {"sliding_window": WINDOW},
     "phimoe": {},
     "qwen2": {},
     "qwen2_moe": {},
@@ -193,7 +194,7 @@ SPLIT: dict[str, dict[str, Any]] = {
     "smollm3": {},
     "solar_open": {},
     "stablelm": {},
-    "starcoder2": {},
+    "starcoder2": {"sliding_window": WINDOW},
     "vaultgemma": {},
     "xglm": {},
     "youtu": _LATENT,
@@ -253,19 +254,21 @@ def _settable(config: PretrainedConfig, name: str) -> bool:
 def random_model(family: str, *, seed: int = 0, device: torch.device | str = "cpu") -> PreTrainedModel:
     """A tiny fp32 model with random weights, the same for the same seed; no parameter asks for a gradient.
 
-    Matrices are drawn with variance 1 / fan-in: at the usual 0.02 all logits of a tiny model are nearly equal, and an
-    error in a mask or a window would hide in the rounding.
+    Matrices are drawn with variance 1 / (2 fan-in): at the usual 0.02 all logits of a tiny model are nearly equal, and
+    an error in a mask or a window would hide in the rounding.
     """
     config = tiny_config(family)
     if sum(parameter.numel() for parameter in build_skeleton(config, torch.float32).parameters()) > MAX_PARAMETERS:
         raise CannotSplit(f"shoal knows no tiny model of the {family!r} family to check it with")
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # some families draw decay rates when they are built
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=rng)
             if parameter.ndim >= 2:
-                parameter.copy_(noise / math.sqrt(parameter.shape[-1]))
+                parameter.copy_(noise / math.sqrt(2 * parameter.shape[-1]))
             else:
                 parameter.add_(0.1 * noise)
             parameter.requires_grad_(False)

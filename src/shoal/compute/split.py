@@ -154,7 +154,8 @@ class Stage:
         check_range(model.config, blocks)
         twin = _twin(model)
         anatomy = examine(twin)
-        _blank(twin, keep=lambda name: _hosted(name, anatomy.prefix, blocks))
+        kept = range(blocks.start, blocks.end)
+        _blank(twin, keep=lambda name: anatomy.hosts(name, kept))
         return cls(_Body(twin, anatomy, blocks), blocks)
 
     @property
@@ -281,7 +282,7 @@ class Ends:
         check_splittable(model.config)
         twin = _twin(model)
         anatomy = examine(twin)
-        _blank(twin, keep=lambda name: not name.startswith(anatomy.prefix + "."))
+        _blank(twin, keep=anatomy.at_the_ends)
         return cls(twin, anatomy)
 
     def embed(self, ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
@@ -384,12 +385,13 @@ def build_stage(
     check_splittable(config)
     check_range(config, blocks)
     checkpoint = Checkpoint(model_dir)
-    _check_unlisted(config)
     model = build_skeleton(config, dtype)
+    _check_unlisted(config)
     anatomy = examine(model)
+    kept = range(blocks.start, blocks.end)
 
     def keep(name: str) -> bool:
-        return _hosted(name, anatomy.prefix, blocks)
+        return anatomy.hosts(name, kept)
 
     load_into(model, checkpoint, keep, dtype=dtype, device=torch.device(device))
     _blank(model, keep, torch.device(device))
@@ -404,16 +406,12 @@ def build_ends(
     config = read_config(model_dir)
     check_splittable(config)
     checkpoint = Checkpoint(model_dir)
-    _check_unlisted(config)
     model = build_skeleton(config, dtype)
+    _check_unlisted(config)
     anatomy = examine(model)
-
-    def keep(name: str) -> bool:
-        return not name.startswith(anatomy.prefix + ".")
-
-    load_into(model, checkpoint, keep, dtype=dtype, device=torch.device(device))
+    load_into(model, checkpoint, anatomy.at_the_ends, dtype=dtype, device=torch.device(device))
     model.tie_weights(missing_keys=_unread(model), recompute_mapping=False)
-    _blank(model, keep, torch.device(device))
+    _blank(model, anatomy.at_the_ends, torch.device(device))
     _compute_buffers(model, torch.device(device))
     ends = Ends(model, anatomy, bytes_read=checkpoint.bytes_read)
     ends.eos_ids |= _generation_eos_ids(Path(model_dir))
@@ -439,14 +437,6 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
     with ContextManagers(cls.get_init_context(dtype, False, False, None)):
         model: PreTrainedModel = cls(config)
     return model.eval()
-
-
-def _hosted(name: str, prefix: str, blocks: BlockRange) -> bool:
-    """Whether a parameter belongs to one of the layers `blocks`."""
-    if not name.startswith(prefix + "."):
-        return False
-    number = name[len(prefix) + 1 :].partition(".")[0]
-    return number.isdigit() and int(number) in blocks
 
 
 def _unread(model: PreTrainedModel) -> set[str]:
