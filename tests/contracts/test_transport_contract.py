@@ -219,7 +219,7 @@ def test_a_silent_peer_is_lost(play: Play) -> None:
         async with joined(network) as (gateway, server):
             network.freeze()
             for conn in (gateway, server):
-                with pytest.raises(PeerLost, match=r"was silent for 0\.\d s"):
+                with pytest.raises(PeerLost, match=r"was silent for \d\.\d s"):
                     await conn.receive()
 
     play(scenario)
