@@ -6,7 +6,8 @@
 
 A server may be entered and left in the middle of its span. Because work grows evenly with the number of blocks, it
 never pays to change servers at a border where neither the one span ends nor the other begins, so only those borders are
-searched: the cost depends on the number of servers, not of blocks.
+searched: the cost depends on the number of servers, not of blocks. (Unless the way through a third machine is shorter
+than the direct one; a server is not used as a mere relay.)
 """
 
 from __future__ import annotations
