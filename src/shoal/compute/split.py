@@ -305,14 +305,14 @@ class Ends:
 
     def _after_layers(self, rows: torch.Tensor) -> torch.Tensor:
         """rows [N, 1, H] -> [N, 1, V]."""
-        arguments: dict[str, Any] = {"inputs_embeds": torch.zeros_like(rows), "use_cache": False}
-        if self._takes_position_ids:
-            arguments["position_ids"] = torch.zeros(rows.shape[:2], dtype=torch.long, device=rows.device)
+        # The forward wants embeddings to learn shape, dtype and device; positions it makes up itself.
+        embeddings = torch.zeros_like(rows)
         self._doorway.outgoing = rows
         try:
-            return self._model(**arguments).logits
+            logits: torch.Tensor = self._model(inputs_embeds=embeddings, use_cache=False).logits
         finally:
             self._doorway.outgoing = None
+        return logits
 
     @torch.no_grad()
     def _find_return_form(self) -> Callable[[torch.Tensor], Any]:
@@ -452,7 +452,7 @@ def _blank(model: PreTrainedModel, keep: Callable[[str], bool], device: torch.de
         value = torch.nan if parameter.is_floating_point() else 0
         blank = torch.full((), value, dtype=parameter.dtype, device=device or parameter.device).expand(parameter.shape)
         stand_in = nn.Parameter(blank, requires_grad=False)
-        stand_in._is_hf_initialized = True  # transformers' initialisation leaves it alone
+        stand_in._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' initialisation skips it
         setattr(model.get_submodule(owner_name), attribute, stand_in)
 
 
