@@ -115,7 +115,7 @@ def best_by_trying(count: int, machines: list[NodeOffer], stages: int) -> tuple[
 machine = st.tuples(st.sampled_from([1.0, 1.5, 2.0, 4.0]), st.integers(1, 7))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.integers(2, 7), st.lists(machine, min_size=1, max_size=4), st.integers(1, 4))
 def test_no_placement_with_that_many_stages_is_better(count: int, drawn: list[tuple[float, int]], stages: int) -> None:
     machines = offers(*drawn)
@@ -130,7 +130,6 @@ def test_no_placement_with_that_many_stages_is_better(count: int, drawn: list[tu
     assert (placement.slowest_stage_ms, placement.token_ms) == pytest.approx(best)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 8), st.lists(machine, min_size=1, max_size=6), st.integers(1, 2))
 def test_whatever_is_placed_fits_covers_everything_and_has_its_replicas(
     count: int, drawn: list[tuple[float, int]], replicas: int

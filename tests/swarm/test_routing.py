@@ -156,7 +156,7 @@ spans = st.tuples(st.integers(0, BLOCKS - 1), st.integers(1, BLOCKS)).map(lambda
 servers = st.tuples(spans, st.sampled_from([1.0, 2.0, 3.0]), st.integers(0, 2))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.lists(servers, min_size=1, max_size=4), st.lists(st.sampled_from([0.5, 2.0]), min_size=5, max_size=5))
 def test_no_chain_is_faster_than_the_one_chosen(
     drawn: list[tuple[tuple[int, int], float, int]], distances: list[float]
@@ -181,7 +181,6 @@ def test_no_chain_is_faster_than_the_one_chosen(
     assert chain.expected_ms <= best + 1e-9
 
 
-@settings(deadline=None)
 @given(st.lists(servers, max_size=6), st.integers(0, BLOCKS - 1), st.integers(0, 2**32))
 def test_a_chain_exists_exactly_when_no_block_is_missing(
     drawn: list[tuple[tuple[int, int], float, int]], start: int, seed: int

@@ -189,7 +189,7 @@ def test_merge_is_commutative_associative_and_idempotent(
     assert after(one, two, one) == after(one, two)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**32), st.integers(2, 7), st.floats(0.0, 0.7))
 def test_views_converge_under_loss_duplication_and_reordering(seed: int, count: int, loss: float) -> None:
     rng = random.Random(seed)
