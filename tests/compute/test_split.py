@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, Gemma3Config, LlamaConfig
 
+from shoal.compute.anatomy import DEFAULT_CONTEXT
 from shoal.compute.families import LAYERS, SPLIT, random_model, tiny_config
 from shoal.compute.selfcheck import Chain, Whole, decode_difference, measure, positions
-from shoal.compute.split import UNBOUNDED_CONTEXT, Ends, Stage, build_ends, build_stage, check_splittable, cut_points
+from shoal.compute.split import Ends, Stage, build_ends, build_stage, check_splittable, cut_points
 from shoal.errors import CannotSplit, UsageError
 from shoal.spec.ids import BlockRange
 
@@ -186,7 +187,7 @@ def test_the_ends_know_context_and_end_tokens() -> None:
 
     assert (llama.vocab_size, llama.hidden_size, llama.context_length) == (128, 64, 128)
     assert llama.eos_ids == frozenset({2})
-    assert bloom.context_length == UNBOUNDED_CONTEXT
+    assert bloom.context_length == DEFAULT_CONTEXT
 
 
 @pytest.mark.parametrize("family", ["gemma2", "cohere", "granite"])  # softcap, logit scale, logit divisor

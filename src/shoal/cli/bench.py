@@ -5,6 +5,11 @@ from __future__ import annotations
 from shoal.cli.lazy import Entry, LazyGroup
 
 COMMANDS: dict[str, Entry] = {
+    "load": Entry("shoal.cli.bench_load:load", "What a server reads and holds for its share of a model."),
+    "split": Entry(
+        "shoal.cli.bench_split:split",
+        "Compare cut models with whole ones, family by family; exit code 3 when one misses its bar.",
+    ),
     "swarm": Entry(
         "shoal.cli.bench_swarm:swarm",
         "Measure speed and failover of a swarm; exit code 3 when a figure misses its bar.",

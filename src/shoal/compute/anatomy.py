@@ -19,6 +19,8 @@ from shoal.errors import CannotSplit
 
 # `layer_idx`, `layer_id`, `_layer_number`, ...: the slot of the cache that a module writes to.
 _LAYER_NUMBER = re.compile(r"_?layer_?(idx|index|id|num|number)")
+_CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+DEFAULT_CONTEXT = 2048
 # Lists that may have as many entries as there are layers by coincidence, and mean something else.
 _NOT_PER_LAYER = re.compile(
     r"architectures|.*token_ids?|.*rope.*|.*mrope.*|.*_section|keys_to_ignore.*|.*window_pattern"
@@ -72,6 +74,12 @@ def depth(config: PretrainedConfig) -> int:
     if not isinstance(count, int) or count < 1:
         raise CannotSplit(f"The {config.model_type!r} configuration does not say how many layers the decoder has.")
     return count
+
+
+def context_length(config: PretrainedConfig) -> int:
+    """Tokens the model was made for; DEFAULT_CONTEXT where the family sets no limit (ALiBi, recurrent ones)."""
+    values = (getattr(text_config(config), name, None) for name in _CONTEXT_NAMES)
+    return next((value for value in values if isinstance(value, int)), DEFAULT_CONTEXT)
 
 
 def examine(model: PreTrainedModel) -> Anatomy:

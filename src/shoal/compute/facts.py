@@ -9,13 +9,9 @@ from pathlib import Path
 
 import torch
 
-from shoal.compute.anatomy import depth, examine, text_config
+from shoal.compute.anatomy import context_length, depth, examine, text_config
 from shoal.compute.split import build_skeleton, cut_points
 from shoal.compute.weights import read_config
-
-_CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-_DEFAULT_CONTEXT = 2048
-"""For families that set no limit of their own (ALiBi, recurrent ones)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +42,11 @@ def describe(model_dir: str | Path) -> ModelFacts:
     block_params = tuple(sum(p.numel() for p in layer.parameters()) for layer in anatomy.layers)
     heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 1)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // max(1, getattr(text, "num_attention_heads", 1))
-    context = next((value for field in _CONTEXT_FIELDS if isinstance(value := getattr(text, field, None), int)), None)
     return ModelFacts(
         name=f"{model_dir.resolve().name.lower()[:200]}@{fingerprint(model_dir)}",
         num_blocks=depth(config),
         hidden_size=text.hidden_size,
-        context_length=context or _DEFAULT_CONTEXT,
+        context_length=context_length(config),
         block_params=block_params,
         kv_params_per_token=2 * heads * head_dim,
         legal_cuts=tuple(cuts),

@@ -40,14 +40,11 @@ from transformers.cache_utils import Cache
 from transformers.utils import ContextManagers
 
 from shoal.compute import quirks
-from shoal.compute.anatomy import Anatomy, LayerNumbers, PerLayerConfig, depth, examine, text_config
+from shoal.compute.anatomy import Anatomy, LayerNumbers, PerLayerConfig, context_length, depth, examine, text_config
 from shoal.compute.hybrid import HybridStageCache
 from shoal.compute.weights import Checkpoint, load_into, read_config
 from shoal.errors import CannotSplit, ModelError, UsageError
 from shoal.spec.ids import BlockRange
-
-UNBOUNDED_CONTEXT = 1 << 20
-"""context_length of families without a limit of their own (ALiBi, state space models): 1,048,576 tokens."""
 
 
 class _Reached(Exception):
@@ -263,7 +260,7 @@ class Ends:
         self.bytes_read = bytes_read
         self.vocab_size: int = config.vocab_size
         self.hidden_size: int = config.hidden_size
-        self.context_length = getattr(config, "max_position_embeddings", None) or UNBOUNDED_CONTEXT
+        self.context_length = context_length(config)
         self.eos_ids = _ids(getattr(config, "eos_token_id", None))
         self._model = model
         self._decoder = anatomy.decoder
@@ -390,8 +387,11 @@ def build_stage(
     anatomy = examine(model)
     kept = range(blocks.start, blocks.end)
 
+    buffers = {name for name, _ in model.named_buffers()}
+
     def keep(name: str) -> bool:
-        return anatomy.hosts(name, kept)
+        # Buffers beside the layers are tables that the forward may use on every server, and small.
+        return anatomy.hosts(name, kept) or (name in buffers and anatomy.at_the_ends(name))
 
     load_into(model, checkpoint, keep, dtype=dtype, device=torch.device(device))
     _blank(model, keep, torch.device(device))

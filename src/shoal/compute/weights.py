@@ -13,6 +13,7 @@ family keeps as one fused tensor) are dropped layer by layer.
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -268,9 +269,16 @@ def _name_in_model(name: str, model: PreTrainedModel, rules: list[Any], here: di
 
 
 def _still_missing(model: PreTrainedModel, missing: Iterable[str], wanted: Callable[[str], bool]) -> list[str]:
+    """Wanted parameters that the checkpoint does not have and nothing else provides."""
     tied = model.all_tied_weights_keys
     partners = {*tied.keys(), *tied.values()}  # one of two tied tensors is enough; the other is tied afterwards
-    return sorted(name for name in missing if wanted(name) and name not in partners)
+    optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}  # buffers can be computed
+    return sorted(
+        name
+        for name in missing
+        if name in parameters - partners and wanted(name) and not any(pattern.search(name) for pattern in optional)
+    )
 
 
 def _read_index(path: Path) -> dict[str, str]:
