@@ -164,6 +164,8 @@ class _Stage:
     synced: bool = False
     """Its cache follows the journal: it was replayed, or it lived all along."""
     alive: bool = True
+    leaving: bool = False
+    """It works, but asked to be replaced."""
     relinking: bool = False
     sent_end: int = 0
     """For stages that we feed: rows sent so far."""
@@ -306,6 +308,9 @@ class Session:
                 at = self._stages.index(stage)
                 after = self._stages[at + 1 : at + 2]
                 return self._lose(after, "link", now, reachable=True)
+            if message.code == "draining" and self.live:
+                stage.leaving = True
+                return self._hand_over(stage, now)
             return self._lose([stage], message.code, now, reachable=True)
         return []
 
@@ -354,10 +359,13 @@ class Session:
         return self._lose([stage], cause, now, reachable=False)
 
     def on_view_changed(self, now: float) -> list[Action]:
-        """The registry changed: a waiting session may find its chain now."""
-        if self.ended or self._planning_since is None:
+        """The registry changed: a waiting session may find its chain now, one on a leaving server another server."""
+        if self.ended:
             return []
-        return self._replan(now)
+        if self._planning_since is not None:
+            return self._replan(now)
+        leaving = next((stage for stage in self._stages if stage.leaving), None)
+        return self._hand_over(leaving, now) if leaving is not None and self.live else []
 
     @property
     def wake_at(self) -> float | None:
@@ -426,6 +434,14 @@ class Session:
             if reachable:
                 actions.append(Tell(stage.node, stage.hop.addresses, msg.Close([self.id])))
         return actions + self._replan(now)
+
+    def _hand_over(self, stage: _Stage, now: float) -> list[Action]:
+        """Replace a server that is leaving but still works. When nobody can take over, it goes on until it is gone."""
+        self._avoid[stage.node] = now + self._config.avoid_s
+        stage.alive = False
+        can = self._plan_runs(now) or self._plan_whole(now)
+        stage.alive = True
+        return self._lose([stage], "draining", now, reachable=True) if can else []
 
     def _replan(self, now: float) -> list[Action]:
         if self._stages and all(stage.alive for stage in self._stages):
