@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shoal.compute import anatomy, split
+from shoal.compute import anatomy, stage
 from shoal.compute.families import random_model
 from shoal.compute.selfcheck import Whole, cut, decode_difference, prefill_difference
 
@@ -34,9 +34,9 @@ def difference(family: str, *, cached: bool) -> float:
 @pytest.fixture
 def without_injection(monkeypatch: pytest.MonkeyPatch) -> None:
     """The incoming hidden state is fed as `inputs_embeds`, and nothing replaces what enters the first layer."""
-    forward_as_is = split._Body.run
+    forward_as_is = stage.Body.run
 
-    def run(self: split._Body, hidden: torch.Tensor, *rest: object) -> torch.Tensor:
+    def run(self: stage.Body, hidden: torch.Tensor, *rest: object) -> torch.Tensor:
         decoder = self.anatomy.decoder
         handle = decoder.register_forward_pre_hook(
             lambda module, args, kwargs: (args, {**kwargs, "inputs_embeds": hidden}), with_kwargs=True
@@ -46,8 +46,8 @@ def without_injection(monkeypatch: pytest.MonkeyPatch) -> None:
         finally:
             handle.remove()
 
-    monkeypatch.setattr(split._Body, "run", run)
-    monkeypatch.setattr(split._Body, "_inject", lambda self, layer, args, kwargs: None)
+    monkeypatch.setattr(stage.Body, "run", run)
+    monkeypatch.setattr(stage.Body, "_inject", lambda self, layer, args, kwargs: None)
 
 
 @pytest.mark.usefixtures("without_injection")

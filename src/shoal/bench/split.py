@@ -26,7 +26,7 @@ from shoal.compute.selfcheck import (
     measure,
     positions,
 )
-from shoal.compute.split import check_splittable
+from shoal.compute.stage import check_splittable
 from shoal.errors import CannotSplit
 
 PACKED_BAR = 1e-5

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from shoal.compute.split import build_skeleton
+from shoal.compute.stage import build_skeleton
 from shoal.errors import CannotSplit, UsageError
 
 LAYERS = 6

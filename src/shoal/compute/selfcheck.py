@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from shoal.compute import families
-from shoal.compute.split import Ends, Stage, cut_points
+from shoal.compute.stage import Ends, Stage, cut_points
 from shoal.errors import CannotSplit, ShoalError
 from shoal.spec.ids import BlockRange
 
