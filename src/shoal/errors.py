@@ -69,9 +69,16 @@ class NotFinite(ShoalError):
 
 
 class PeerLost(ShoalError):
-    """A connection to a peer ended: reset, closed, or silent for longer than the heartbeat allows."""
+    """A connection to a peer ended. `cause` is one word: closed, reset, silent (longer than the heartbeat allows), or
+    unreachable (it never stood)."""
 
     code = "peer_lost"
+
+    def __init__(
+        self, message: str, *, hint: str = "", retry_after_s: float | None = None, cause: str = "closed"
+    ) -> None:
+        super().__init__(message, hint=hint, retry_after_s=retry_after_s)
+        self.cause = cause
 
 
 class Full(ShoalError):

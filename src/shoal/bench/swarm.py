@@ -334,9 +334,7 @@ async def start(folder: Path, demo_model: Path) -> list[Figure]:
     first_s = await _in_thread(_first_token_s, demo_model)
     ours, bare = _cpu_s(["-m", "shoal", "--help"]), _cpu_s(["-c", "pass"])
     return [
-        at_most(
-            "from `shoal up` to the first streamed token, demo model", first_s, 60.0, unit="s", peer="goal 20 s"
-        ),
+        at_most("from `shoal up` to the first streamed token, demo model", first_s, 60.0, unit="s", peer="goal 20 s"),
         at_most(
             "`shoal --help`, CPU time against bare Python",
             ours / bare,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
-
-import httpx
+from typing import TYPE_CHECKING, Any
 
 from shoal.errors import Full, Refused, ShoalError, SwarmIncomplete, UsageError
-from shoal.launch import state
+
+if TYPE_CHECKING:
+    import httpx
 
 _ERRORS: dict[int, type[ShoalError]] = {400: UsageError, 401: Refused, 403: Refused, 404: UsageError, 429: Full}
 
@@ -18,6 +18,8 @@ class Api:
     """One connection to an API base URL such as http://127.0.0.1:8080/v1."""
 
     def __init__(self, api: str, key: str) -> None:
+        import httpx
+
         self.base = api.rstrip("/")
         # No read timeout: a long prompt takes its time, and the gateway sends keep-alives and errors itself.
         self._client = httpx.Client(
@@ -27,6 +29,8 @@ class Api:
     @classmethod
     def of_running_swarm(cls, api: str | None = None, key: str | None = None) -> Api:
         """The API that was named, or the one of the running `shoal up`. Raises UsageError when there is none."""
+        from shoal.launch import state
+
         return cls(*state.find(api, key))
 
     def __enter__(self) -> Api:
@@ -37,6 +41,8 @@ class Api:
 
     def get(self, path: str) -> Any:
         """The JSON answer of a GET. Raises ShoalError."""
+        import httpx
+
         try:
             response = self._client.get(self.base + path)
         except httpx.TransportError as error:
@@ -54,6 +60,8 @@ class Api:
     def stream(self, path: str, body: dict[str, Any]) -> Iterator[Any]:
         """The events of a streaming POST. Raises ShoalError also for an error inside the stream, and for a stream
         that just ends."""
+        import httpx
+
         try:
             with self._client.stream("POST", self.base + path, json=body) as response:
                 if response.status_code != 200:

@@ -133,7 +133,7 @@ def _announce(swarm: object, as_json: bool) -> None:
         f"\n  endpoint  {swarm.api}\n  key       {swarm.key}\n\nTry it from another terminal:\n\n"
         f"  curl -N {swarm.api}/chat/completions -H 'Authorization: Bearer {swarm.key}' \\\n"
         f"    -H 'Content-Type: application/json' -d '{body}'\n\n"
-        "or: shoal generate --prompt \"A list is\", shoal status.  Ctrl-C stops everything.\n"
+        'or: shoal generate --prompt "A list is", shoal status.  Ctrl-C stops everything.\n'
     )
 
 

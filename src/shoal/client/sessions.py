@@ -253,9 +253,9 @@ class Sessions:
                 raise ProtocolError(f"Server {node} reported {code}: {text}")
         self.flush()
 
-    def _on_lost(self, node: str, cause: str) -> None:
+    def _on_lost(self, node: str, cause: str, text: str) -> None:
         now = time.monotonic()
-        log.info("connection to server %s lost: %s", node, cause)
+        log.info("server %s lost: %s", node[:8], text)
         self._links.pop(node, None)
         self._directory.view.suspect(node, now, SUSPECT_S)
         for handle in list(self._handles.values()):

@@ -365,7 +365,7 @@ class Conn:
 
     def _after_push(self) -> None:
         if self._writer.queued_messages(Lane.CONTROL) > _MAX_CONTROL_MESSAGES:
-            self._end(PeerLost(f"{self._peer} does not read what it is sent."), flush=False)
+            self._end(PeerLost(f"{self._peer} does not read what it is sent.", cause="silent"), flush=False)
         elif not self._pump_scheduled:
             self._pump()
 
@@ -428,7 +428,9 @@ class Conn:
         self._timer = self._loop.call_later(self._tick_s, self._tick)
         silent_s = now - self._heard_at
         if silent_s >= self._settings.heartbeat.silent_after_s and not self._read_paused:
-            self._end(PeerLost(f"{self._peer or 'The peer'} was silent for {silent_s:.1f} s."), flush=False)
+            self._end(
+                PeerLost(f"{self._peer or 'The peer'} was silent for {silent_s:.1f} s.", cause="silent"), flush=False
+            )
         elif self._peer is not None and silent_s >= self._settings.heartbeat.ping_after_s:
             self._ping()
 
@@ -550,9 +552,11 @@ def _reason_of_loss(error: Exception | None, peer: Peer | None) -> ShoalError:
         )
     if error is None:
         return PeerLost(f"The connection was closed by {who}.")
-    return PeerLost(f"The connection to {who} broke: {error}.")
+    return PeerLost(f"The connection to {who} broke: {error}.", cause="reset")
 
 
 def _again(error: ShoalError) -> ShoalError:
     """A copy to raise: one exception raised from several coroutines would mix up their tracebacks."""
+    if isinstance(error, PeerLost):
+        return PeerLost(str(error), hint=error.hint, cause=error.cause)
     return type(error)(str(error), hint=error.hint, retry_after_s=error.retry_after_s)

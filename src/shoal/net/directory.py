@@ -99,5 +99,5 @@ class Directory:
                 await link.close()
 
 
-def _ignore(node: str, cause: str) -> None:
+def _ignore(node: str, cause: str, text: str) -> None:
     """A lost seed is dialled again in the next round; nothing else depends on it."""

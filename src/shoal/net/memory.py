@@ -90,7 +90,9 @@ class MemoryTransport:
                     raise
                 continue
             return conn
-        raise PeerLost(f"Nobody answers at {', '.join(addresses)}.", hint="Is the other node running?")
+        raise PeerLost(
+            f"Nobody answers at {', '.join(addresses)}.", hint="Is the other node running?", cause="unreachable"
+        )
 
 
 class MemoryListener:

@@ -62,7 +62,9 @@ class TlsTransport:
                 failures.append(f"{address}: no answer within {timeout_s:g} s")
             except PeerLost as error:
                 failures.append(f"{address}: {error}")
-        raise PeerLost(f"Cannot reach the node ({'; '.join(failures)}).", hint="Is the other node running?")
+        raise PeerLost(
+            f"Cannot reach the node ({'; '.join(failures)}).", hint="Is the other node running?", cause="unreachable"
+        )
 
     async def _dial_one(self, address: Address, expect_node: str | None) -> Conn:
         conn = Conn(self._identity.peer, self._settings, dialed=True, expect_node=expect_node)
@@ -83,7 +85,7 @@ class TlsTransport:
                 hint="Does that node belong to this swarm, and has its certificate not expired?",
             ) from error
         except OSError as error:
-            raise PeerLost(error.strerror or str(error)) from error
+            raise PeerLost(error.strerror or str(error), cause="unreachable") from error
         except BaseException:
             # Whoever waits for this dial never gets the connection, so nobody else would close it.
             conn.abort()

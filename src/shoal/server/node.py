@@ -14,10 +14,8 @@ import asyncio
 import logging
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +25,10 @@ import torch
 from shoal.compute import engine as compute
 from shoal.compute.activations import to_numpy, to_torch
 from shoal.compute.facts import ModelFacts, describe
-from shoal.errors import Full, NotFinite, ShoalError
+from shoal.errors import NotFinite, ShoalError
 from shoal.net.directory import LEASE_S, Directory
 from shoal.net.link import Link
+from shoal.net.outbox import Outbox
 from shoal.net.transport import Conn, Transport
 from shoal.server import probe
 from shoal.server.loader import Loaded, load
@@ -313,8 +312,8 @@ class BlockServer:
             )
         return link
 
-    def _on_push_lost(self, node: str, cause: str) -> None:
-        log.info("push link to %s lost: %s", node, cause)
+    def _on_push_lost(self, node: str, cause: str, text: str) -> None:
+        log.info("push link to %s lost: %s", node[:8], text)
         if self._serving is not None:
             self._perform(self._serving.on_push_lost(node))
 
@@ -414,41 +413,6 @@ class BlockServer:
         await asyncio.gather(loop, return_exceptions=True)
         self._directory.update(state="gone")
         await asyncio.sleep(0.05)  # one turn of gossip, so that others need not wait for the lease to run out
-
-
-class Outbox:
-    """Messages to the other end of an incoming connection, in order and without blocking the caller."""
-
-    def __init__(self, conn: Conn) -> None:
-        self._conn = conn
-        self._queue: deque[tuple[msg.Message, Sequence[Any]]] = deque()
-        self._filled = asyncio.Event()
-        self._task = asyncio.create_task(self._send(), name=f"outbox to {conn.peer.node}")
-
-    def put(self, message: msg.Message, body: Sequence[Any] = ()) -> None:
-        if not self._queue:
-            try:
-                self._conn.send_nowait(message, body)
-                return
-            except Full:
-                pass  # waits in the queue
-            except ShoalError:
-                return  # the reader of this connection meets the same loss and cleans up
-        self._queue.append((message, body))
-        self._filled.set()
-
-    async def close(self) -> None:
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
-
-    async def _send(self) -> None:
-        with suppress(ShoalError):  # as in put
-            while True:
-                while self._queue:
-                    await self._conn.send(*self._queue[0])
-                    self._queue.popleft()
-                self._filled.clear()
-                await self._filled.wait()
 
 
 def _log_failure(future: Future[None]) -> None:
