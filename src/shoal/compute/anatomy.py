@@ -180,10 +180,11 @@ class LayerNumbers:
     not begin at layer 0 fails or reads another layer's keys.
     """
 
-    def __init__(self, layers: nn.ModuleList) -> None:
+    def __init__(self, layers: list[nn.Module], first: int) -> None:
+        """`layers` are those of a stage; the absolute number of the first one is `first`."""
         self._numbers: list[tuple[dict[str, Any], str, int]] = [
             (vars(module), name, number)
-            for number, layer in enumerate(layers)
+            for number, layer in enumerate(layers, start=first)
             for module in layer.modules()
             for name, value in vars(module).items()
             if type(value) is int and value == number and _LAYER_NUMBER.fullmatch(name)

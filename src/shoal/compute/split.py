@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from shoal.compute.anatomy import examine
+from shoal.compute.anatomy import Anatomy, examine
 from shoal.compute.selfcheck import require_exact
 from shoal.compute.stage import (
     Body,
@@ -46,21 +47,15 @@ def build_stage(
     config = read_config(model_dir)
     check_splittable(config)
     check_range(config, blocks)
-    checkpoint = Checkpoint(model_dir)
-    model = build_skeleton(config, dtype)
-    require_exact(config)
-    anatomy = examine(model)
+    model, anatomy, checkpoint = _open(model_dir, config, dtype)
     kept = range(blocks.start, blocks.end)
-
     buffers = {name for name, _ in model.named_buffers()}
 
     def keep(name: str) -> bool:
         # Buffers beside the layers are tables that the forward may use on every server, and small.
         return anatomy.hosts(name, kept) or (name in buffers and anatomy.at_the_ends(name))
 
-    load_into(model, checkpoint, keep, dtype=dtype, device=torch.device(device))
-    blank(model, keep, torch.device(device))
-    _compute_buffers(model, torch.device(device))
+    _fill(model, checkpoint, keep, dtype, torch.device(device))
     return Stage(Body(model, anatomy, blocks), blocks, bytes_read=checkpoint.bytes_read)
 
 
@@ -70,27 +65,38 @@ def build_ends(
     """Load embedding, final norm and head from a model directory, and no layer. Raises like build_stage."""
     config = read_config(model_dir)
     check_splittable(config)
-    checkpoint = Checkpoint(model_dir)
-    model = build_skeleton(config, dtype)
-    require_exact(config)
-    anatomy = examine(model)
-    load_into(model, checkpoint, anatomy.at_the_ends, dtype=dtype, device=torch.device(device))
-    model.tie_weights(missing_keys=_unread(model), recompute_mapping=False)
-    blank(model, anatomy.at_the_ends, torch.device(device))
-    _compute_buffers(model, torch.device(device))
+    model, anatomy, checkpoint = _open(model_dir, config, dtype)
+    _fill(model, checkpoint, anatomy.at_the_ends, dtype, torch.device(device))
     ends = Ends(model, anatomy, bytes_read=checkpoint.bytes_read)
     ends.eos_ids |= _generation_eos_ids(Path(model_dir))
     return ends
 
 
-def _unread(model: PreTrainedModel) -> set[str]:
-    return {name for name, tensor in model.state_dict().items() if tensor.is_meta}
+def _open(
+    model_dir: str | Path, config: PretrainedConfig, dtype: torch.dtype
+) -> tuple[PreTrainedModel, Anatomy, Checkpoint]:
+    """The model without weights, its anatomy, and where its weights lie."""
+    checkpoint = Checkpoint(model_dir)
+    model = build_skeleton(config, dtype)
+    require_exact(config)
+    return model, examine(model), checkpoint
 
 
-def _compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Rotary frequencies, ALiBi slopes and other buffers are not in checkpoints: let the family compute them."""
-    model._move_missing_keys_from_meta_to_device(_unread(model), {"": str(device)}, None, None)
+def _fill(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    keep: Callable[[str], bool],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Read what is kept, blank the rest, compute the buffers. Weights of a server are frozen."""
+    load_into(model, checkpoint, keep, dtype=dtype, device=device)
+    blank(model, keep, device)
+    # Rotary frequencies, ALiBi slopes and other buffers are not in checkpoints: the family computes them.
+    unread = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    model._move_missing_keys_from_meta_to_device(set(unread), {"": str(device)}, None, None)
     model._initialize_missing_keys(False)
+    model.requires_grad_(False)
 
 
 def _generation_eos_ids(model_dir: Path) -> frozenset[int]:

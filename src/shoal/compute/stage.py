@@ -72,7 +72,7 @@ class Body:
         self.layers: list[nn.Module] = list(anatomy.layers)[blocks.start : blocks.end]
         self.borders = quirks.cut_points(text_config(model.config), len(anatomy.layers))
         self.config_lists = PerLayerConfig(model, len(anatomy.layers))
-        self.layer_numbers = LayerNumbers(anatomy.layers)
+        self.layer_numbers = LayerNumbers(self.layers, blocks.start)
         anatomy.replace_layers(self.layers)
         accepted = inspect.signature(anatomy.decoder.forward).parameters
         self.cache_name = "cache_params" if "cache_params" in accepted else "past_key_values"
@@ -141,9 +141,9 @@ class Stage:
         self._body = body
         self.blocks = blocks
         self.bytes_read = bytes_read
-        parameter = next(body.layers[0].parameters())
-        self.dtype: torch.dtype = parameter.dtype
-        self.device: torch.device = parameter.device
+        # A layer may keep some weights in fp32 whatever the model's precision; hidden states have the embedding's.
+        self.dtype: torch.dtype = body.model.get_input_embeddings().weight.dtype
+        self.device: torch.device = next(body.layers[0].parameters()).device
         self.hidden_size: int = text_config(body.model.config).hidden_size
 
     @classmethod

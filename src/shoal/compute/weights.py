@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -247,7 +247,8 @@ def load_into(
     if info.conversion_errors:
         name, reason = sorted(info.conversion_errors.items())[0]
         raise ModelError(f"Cannot convert the tensor {name} in {where}: {_first_line(reason)}", hint=_REPORT_HINT)
-    missing = _still_missing(model, info.missing_keys, wanted)
+    model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+    missing = _still_missing(model, wanted)
     if missing:
         raise ModelError(
             f"{len(missing)} tensors are missing from the weights in {where}, the first is {missing[0]}.",
@@ -268,16 +269,13 @@ def _name_in_model(name: str, model: PreTrainedModel, rules: list[Any], here: di
     return renamed
 
 
-def _still_missing(model: PreTrainedModel, missing: Iterable[str], wanted: Callable[[str], bool]) -> list[str]:
-    """Wanted parameters that the checkpoint does not have and nothing else provides."""
-    tied = model.all_tied_weights_keys
-    partners = {*tied.keys(), *tied.values()}  # one of two tied tensors is enough; the other is tied afterwards
+def _still_missing(model: PreTrainedModel, wanted: Callable[[str], bool]) -> list[str]:
+    """Wanted parameters that neither the checkpoint nor a tied twin provides. (Buffers can be computed.)"""
     optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}  # buffers can be computed
     return sorted(
         name
-        for name in missing
-        if name in parameters - partners and wanted(name) and not any(pattern.search(name) for pattern in optional)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter.is_meta and wanted(name) and not any(pattern.search(name) for pattern in optional)
     )
 
 
