@@ -8,8 +8,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from shoal.compute.cache import FIRST_CAPACITY_TOKENS, PAGE_TOKENS
-from shoal.compute.engine import ROW_TILES, BlockEngine, RowTile, Work
+from shoal.compute.engine import BlockEngine, Work
 from shoal.compute.split import Stage
+from shoal.compute.tiles import ROW_TILES
 from shoal.errors import UsageError
 from shoal.spec.ids import BlockRange
 
@@ -158,9 +159,10 @@ def test_a_step_that_failed_in_the_middle_can_be_run_again(stage: Stage, monkeyp
     def out_of_memory(*args: object) -> None:
         raise MemoryError
 
-    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+    with monkeypatch.context() as patch:
         patch.setattr(stage.layers[2].mlp, "forward", out_of_memory)
-        engine.run([Work(b"a", 5, 1)], rows[5:])
+        with pytest.raises(MemoryError):
+            engine.run([Work(b"a", 5, 1)], rows[5:])
     out = torch.cat((first, engine.run([Work(b"a", 5, 1)], rows[5:])))
     torch.testing.assert_close(out, alone(stage, rows), atol=1e-5, rtol=0)
 
@@ -201,12 +203,6 @@ def test_without_exact_mode_company_changes_low_bits(stage: Stage) -> None:
     assert any(not torch.equal(alone_bits[index], together[index]) for index in range(8))
     for index in range(8):
         torch.testing.assert_close(alone_bits[index], together[index], atol=1e-5, rtol=1e-5)
-
-
-def test_a_tile_that_does_not_hold_the_bits_is_found_out(stage: Stage) -> None:
-    engine = BlockEngine(stage)
-    assert not engine._bits_hold(RowTile(8, 1))  # lone rows go through another kernel
-    assert engine._bits_hold(ROW_TILES[-1])
 
 
 def test_more_sessions_than_a_tile_holds_are_decoded_in_several(stage: Stage) -> None:

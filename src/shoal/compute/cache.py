@@ -231,7 +231,7 @@ def cache_bytes(cache: Cache) -> int:
 
 
 def cache_costs(cache: Cache) -> tuple[int, int]:
-    """(bytes one more token takes, bytes that do not depend on the length) of a library cache that holds some tokens."""
+    """(bytes that one more token takes, bytes whatever the length) of a library cache that holds some tokens."""
     per_token = constant = 0
     for layer in cache.layers:
         # What has a token dimension lies under these two names in every attention layer of the library.

@@ -46,6 +46,7 @@ from shoal.compute.packed import (
     packed_step,
 )
 from shoal.compute.split import Stage
+from shoal.compute.tiles import PROBE_ROWS, RowTile, first_that_holds
 from shoal.errors import CannotSplit, UsageError
 from shoal.spec.ids import BlockRange
 
@@ -77,25 +78,6 @@ class CacheStatistics:
     allocated_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class RowTile:
-    """Exact mode's unit of decoding: up to `rows` sessions' rows in one forward, filled up to `padded_rows` by
-    repeating them in turn."""
-
-    rows: int
-    padded_rows: int
-
-
-ROW_TILES = (RowTile(8, 2), RowTile(8, 8), RowTile(4, 8), RowTile(1, 1))
-"""Tried in this order; the first that keeps a row's bits independent of its company is used.
-
-- (8, 2): an fp32 product gives a row the same bits in company of 2 to 8 rows, and two rows cost what one costs (the
-  weights are read once for up to three), so this is free. Holds for matrices from about 256 x 1,024 on.
-- (8, 8): small matrices take other kernels below 6 rows.
-- (4, 8): in a mixture of experts a row may be alone at its expert; twice in the tile, it never is.
-- (1, 1): one row at a time cannot depend on company."""
-
-
 @dataclass(slots=True)
 class _Session:
     """One session's place: the blocks it runs through and what is stored for it (exactly one of `kv`, `cache`)."""
@@ -114,7 +96,7 @@ class _Forward:
 
     stage: Stage
     members: list[tuple[Work, int]] = field(default_factory=list)
-    padded_rows: int = 0
+    tile: RowTile | None = None
 
 
 class BlockEngine:
@@ -148,7 +130,7 @@ class BlockEngine:
         self._rotary = _Rotary(stage)
         self._self_check()
         if exact and self.packed:
-            self.row_tile = next(tile for tile in ROW_TILES if self._bits_hold(tile))
+            self.row_tile = self._find_row_tile()
 
     # Sessions
 
@@ -283,7 +265,7 @@ class BlockEngine:
             if member[0].rows > 1:
                 yield _Forward(forward.stage, [member])
         for start in range(0, len(single_rows), tile.rows):
-            yield _Forward(forward.stage, single_rows[start : start + tile.rows], tile.padded_rows)
+            yield _Forward(forward.stage, single_rows[start : start + tile.rows], tile)
 
     def _run_packed(self, forward: _Forward, hidden: Tensor) -> Tensor:
         """hidden [rows of the forward, H] -> the same shape. Lengths are advanced by the caller."""
@@ -298,11 +280,10 @@ class BlockEngine:
             segments.append(Segment(offset, work.rows, work.position, kv.step_views(work.position, work.rows)))
             positions.extend(range(work.position, work.position + work.rows))
             offset += work.rows
-        missing = forward.padded_rows - offset
-        if missing > 0:
-            repeated = [index % offset for index in range(missing)]
-            hidden = torch.cat((hidden, hidden[repeated]))
-            positions.extend(positions[index] for index in repeated)
+        if forward.tile is not None:  # decode rows only, so row i of the forward is member i
+            order = forward.tile.order(offset)
+            hidden = hidden[order]
+            positions = [positions[row] for row in order]
         position_ids = torch.tensor([positions], device=hidden.device)
         with self._packed_attention(), packed_step(PackedStep(segments, self._rules)):
             out = forward.stage(hidden.unsqueeze(0), position_ids=position_ids, cache=PassThroughCache())
@@ -419,35 +400,27 @@ class BlockEngine:
             )
         self._slots = step.slots
 
-    def _bits_hold(self, tile: RowTile) -> bool:
-        """Whether rows get the same bits alone and in company when decoded in tiles of this form."""
-        if tile.rows == 1:
-            return True
-        sessions = [bytes([index]) * 4 for index in range(8)]
+    def _find_row_tile(self) -> RowTile:
+        """The tile under which decode rows of this stage keep their bits in any company, found by trying."""
+        sessions = [bytes([index]) * 4 for index in range(PROBE_ROWS)]
+        lengths = [1 + index for index in range(PROBE_ROWS)]
         generator = torch.Generator().manual_seed(1)
-        lengths = [1 + index for index in range(8)]
         prefill = torch.randn(sum(lengths), self.stage.hidden_size, generator=generator)
-        rows = torch.randn(8, self.stage.hidden_size, generator=generator)
+        rows = torch.randn(PROBE_ROWS, self.stage.hidden_size, generator=generator)
+
+        def decode(tile: RowTile, chosen: Sequence[int]) -> Tensor:
+            self.row_tile = tile
+            out = self.run([Work(sessions[i], lengths[i], 1) for i in chosen], rows[list(chosen)])
+            for i in chosen:
+                self.truncate(sessions[i], lengths[i])
+            return out
+
         try:
             for session in sessions:
                 self.open(session, self.stage.blocks, max_tokens=16)
             self.run([Work(s, 0, n) for s, n in zip(sessions, lengths, strict=True)], prefill)
-            self.row_tile = tile
-
-            def decode(chosen: Sequence[int]) -> Tensor:
-                out = self.run([Work(sessions[i], lengths[i], 1) for i in chosen], rows[list(chosen)])
-                for i in chosen:
-                    self.truncate(sessions[i], lengths[i])
-                return out
-
-            alone = {index: decode([index])[0] for index in (0, 3, 7)}
-            for company in (range(8), (0, 3), (7, 1, 0), (2, 3, 4, 5, 7)):
-                for index, out in zip(company, decode(list(company)), strict=True):
-                    if index in alone and not torch.equal(out, alone[index]):
-                        return False
-            return True
+            return first_that_holds(decode)
         finally:
-            self.row_tile = None
             self._sessions.clear()
 
 

@@ -15,21 +15,24 @@ from torch import Tensor
 
 from shoal.compute.sampling import Sampled, Sampler, sample_batch
 from shoal.compute.split import Ends
-
-EXACT_TILE_ROWS = 8
-"""Rows per head call in exact mode, always filled up: fp32 products give a row the same bits in tiles of one size."""
+from shoal.compute.tiles import PROBE_ROWS, RowTile, first_that_holds
 
 
 class HeadEngine:
     """Embeds tokens and chooses the next ones, for many sessions in one call.
 
-    With `exact`, a row's logits do not depend on how many rows are sampled beside it (see BlockEngine). Not
+    With `exact`, a row's logits do not depend on how many rows are sampled beside it (tiles.py). Not
     thread-safe: one compute thread owns it.
     """
 
     def __init__(self, ends: Ends, *, exact: bool = False) -> None:
         self.ends = ends
-        self.exact = exact
+        self.row_tile: RowTile | None = None
+        if exact:
+            probe = torch.randn(PROBE_ROWS, ends.hidden_size, generator=torch.Generator().manual_seed(0))
+            probe = probe.to(device=ends.device, dtype=ends.dtype)
+            with torch.inference_mode():
+                self.row_tile = first_that_holds(lambda tile, chosen: self._tiled(probe[list(chosen)], tile))
 
     @torch.inference_mode()
     def embed(self, ids: Sequence[int], positions: Sequence[int]) -> Tensor:
@@ -49,14 +52,17 @@ class HeadEngine:
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and head: hidden [R, H] -> [R, V]."""
         hidden = hidden.to(device=self.ends.device, dtype=self.ends.dtype)
-        if not self.exact:
+        if self.row_tile is None:
             return self.ends.logits(hidden.unsqueeze(0))[0]
-        tiles = []
-        for tile in hidden.split(EXACT_TILE_ROWS):
-            rows = tile.shape[0]
-            filled = tile[[index % rows for index in range(EXACT_TILE_ROWS)]]
-            tiles.append(self.ends.logits(filled.unsqueeze(0))[0, :rows])
-        return torch.cat(tiles)
+        return self._tiled(hidden, self.row_tile)
+
+    def _tiled(self, hidden: Tensor, tile: RowTile) -> Tensor:
+        """Exact mode's head: hidden [R, H] -> [R, V], a tile at a time."""
+        parts = []
+        for rows in hidden.split(tile.rows):
+            filled = rows[tile.order(len(rows))]
+            parts.append(self.ends.logits(filled.unsqueeze(0))[0, : len(rows)])
+        return torch.cat(parts)
 
     @torch.inference_mode()
     def sample(self, hidden: Tensor, samplers: Sequence[Sampler]) -> list[Sampled]:
