@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from shoal.compute.tiles import PROBE_ROWS, ROW_TILES, RowTile, first_that_holds, holds
 
