@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from shoal.compute.cache import FIRST_CAPACITY_TOKENS, PAGE_TOKENS
+from shoal.compute import packed
+from shoal.compute.cache import FIRST_CAPACITY_TOKENS, PAGE_TOKENS, GrowingLayer
 from shoal.compute.engine import BlockEngine, Work
 from shoal.compute.split import Stage
 from shoal.compute.tiles import ROW_TILES
-from shoal.errors import UsageError
+from shoal.errors import CannotSplit, UsageError
 from shoal.spec.ids import BlockRange
 
 BLOCKS = BlockRange(0, 4)
@@ -78,6 +79,30 @@ def test_statistics_follow_the_sessions_and_close_frees_at_once(stage: Stage) ->
     assert engine.statistics().allocated_bytes == 0
     with pytest.raises(KeyError):
         engine.length(b"a")
+
+
+def test_the_self_check_finds_wrong_attention_and_falls_back(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = packed._Core.tile
+    monkeypatch.setattr(packed._Core, "tile", lambda *arguments: honest(*arguments) * 1.01)
+    engine = BlockEngine(stage)
+    assert not engine.packed
+    assert "differ by" in engine.packed_reason
+    engine.open(b"a", BLOCKS, max_tokens=16)
+    rows = random_rows(9)
+    torch.testing.assert_close(engine.run([Work(b"a", 0, 9)], rows), alone(stage, rows), atol=1e-5, rtol=0)
+
+
+def test_a_family_that_cannot_go_on_from_its_cache_is_refused(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = GrowingLayer.update
+
+    def forgetful(layer: GrowingLayer, keys: Tensor, values: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+        all_keys, all_values = honest(layer, keys, values)
+        all_values[:, :, : -keys.shape[2]] = 0
+        return all_keys, all_values
+
+    monkeypatch.setattr(GrowingLayer, "update", forgetful)
+    with pytest.raises(CannotSplit, match="continued from its cache"):
+        BlockEngine(stage)
 
 
 def test_sessions_over_different_blocks_share_a_run(stage: Stage) -> None:

@@ -102,10 +102,14 @@ class _Forward:
 class BlockEngine:
     """Runs sessions through `stage`.
 
+    Raises CannotSplit at construction for a family that gives other numbers when it is continued from its cache than
+    in one piece: no serving path would be right.
+
     Attributes:
         packed: whether rows of several sessions share a forward; `packed_reason` says why (not).
         exact: a decode row's bits do not depend on which other sessions decode beside it, and a prefill chunk runs
-            alone. A replayed chunk of other size may still differ in the last bits.
+            alone. A replayed chunk of other size may still differ in the last bits. Costs about a tenth of a lone
+            session's step, nothing at 8 sessions, and a factor of 2.4 at 32 (benchmarks/engine_step.py).
         continues_in_chunks: False for families that continue a cached session only row by row (Mamba, Falcon Mamba: in
             transformers 5.23 a second chunk silently starts from an empty state). Their first chunk runs at once.
         row_tile: how decode rows are grouped in exact mode, None otherwise.
