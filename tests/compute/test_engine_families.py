@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from shoal.compute.engine import BlockEngine, Work
 from shoal.compute.head import HeadEngine
 from shoal.compute.split import Ends, Stage
+from shoal.errors import UsageError
 from shoal.spec.ids import BlockRange
 
 VOCAB = 96
@@ -188,3 +189,25 @@ def test_families_that_cannot_be_packed_run_one_session_at_a_time_and_equal_the_
     assert not engines[0].packed  # the second span of lfm2 is a plain attention layer, and packed
     assert engines[0].packed_reason.startswith("one session at a time: ")
     assert difference <= 1e-5
+
+
+@pytest.mark.parametrize("family", ["mamba", "lfm2"])
+def test_a_running_state_is_not_cut_back_but_refused(family: str) -> None:
+    engine = BlockEngine(Stage.from_model(build(family, SINGLE[family]), BlockRange(0, LAYERS)))
+    engine.open(b"a", engine.stage.blocks, max_tokens=16)
+    engine.run([Work(b"a", 0, 4)], torch.randn(4, engine.stage.hidden_size))
+    engine.truncate(b"a", 4)
+    with pytest.raises(UsageError, match="running state"):
+        engine.truncate(b"a", 3)
+    assert engine.length(b"a") == 4
+
+
+def test_a_single_session_is_cut_back_where_all_its_layers_attend() -> None:
+    engine = BlockEngine(Stage.from_model(build("bloom", SINGLE["bloom"]), BlockRange(0, LAYERS)))
+    rows = torch.randn(9, engine.stage.hidden_size, generator=torch.Generator().manual_seed(0))
+    for session in (b"straight", b"cut"):
+        engine.open(session, engine.stage.blocks, max_tokens=16)
+    engine.run([Work(b"cut", 0, 6), Work(b"straight", 0, 5)], torch.cat((rows[:6], rows[:5])))
+    engine.truncate(b"cut", 5)
+    cut, straight = engine.run([Work(b"cut", 5, 4), Work(b"straight", 5, 4)], rows[5:].repeat(2, 1)).split(4)
+    assert torch.equal(cut, straight)

@@ -34,7 +34,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
 
-from shoal.compute.cache import SessionKv, SlotShape, cache_bytes, cache_costs, growing_cache, pages
+from shoal.compute.cache import GrowingLayer, SessionKv, SlotShape, cache_bytes, cache_costs, growing_cache, pages
 from shoal.compute.packed import (
     ATTENTION_NAME,
     Discovery,
@@ -178,7 +178,7 @@ class BlockEngine:
         if length == place.length:
             return
         if place.cache is not None:
-            if not all(getattr(layer, "is_croppable", False) for layer in place.cache.layers):
+            if not all(isinstance(layer, GrowingLayer) for layer in place.cache.layers):
                 raise UsageError(
                     "This model family keeps a running state that cannot be taken back to an earlier token.",
                     hint="Open the session anew and replay its inputs.",
