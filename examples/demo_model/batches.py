@@ -29,8 +29,8 @@ class Mixture:
 
     chat_rows: float = 0.35
     play_rows: float = 0.06
-    smalltalk_chats: float = 0.15
-    play_chats: float = 0.06
+    smalltalk_chats: float = 0.1
+    play_chats: float = 0.08
     system_prompts: float = 0.12
     further_turns: float = 0.25
 

@@ -1,7 +1,7 @@
 """Turns the raw documentation into paragraphs of plain English prose.
 
 The corpus (`plain_text/docs.jsonl.gz`) holds whole manual pages: reStructuredText for Python, HTML reduced to text for
-SQLite and PostgreSQL. A model of five million parameters learns words and sentences from them, but code, tables and
+SQLite and PostgreSQL. So small a model learns words and sentences from them, but code, tables and
 menus only make it stutter, so they go. Every dropped paragraph is counted under the reason for which it was dropped.
 """
 
