@@ -405,6 +405,8 @@ class Generation:
     outputs: int = 0
     """Positions whose outputs have come. Starts above zero when only the prompt's last output is wanted."""
     tokens: list[int] = field(default_factory=list)
+    plans: int = 0
+    """Chains that were planned for it, known when it has ended."""
     started_at_s: float = 0.0
     ended_at_s: float | None = None
     error: ShoalError | None = None
@@ -560,6 +562,7 @@ class Driver(Node):
         del self.running[id]
         self._timers.pop(id, None)
         generation.ended_at_s = self.world.now
+        generation.plans = live.counters.replans
         self.replans += live.counters.replans
         self.replayed_rows += live.counters.replayed_rows
         self.world.note(f"{self.name} ends a generation with {len(generation.tokens)} of {generation.want} tokens")
@@ -577,7 +580,8 @@ class Driver(Node):
                 del self._timers[id]
                 self._each([id], session.Session.on_timer, self.now())
 
-        self.after(max(0.0, wake_at - self.now()), ring)
+        # A microsecond at least: a delay lost in rounding would ring before its time, for ever.
+        self.after(max(1e-6, wake_at - self.now()), ring)
 
 
 def _split(items: Sequence[msg.StepItem], body: Body) -> list[tuple[msg.StepItem, Body]]:

@@ -27,6 +27,9 @@ ENDS_WITHIN_S = 90.0
 """Every request of the safety runs ends by itself within this time, whatever goes on: with its tokens, or with an error
 that says why. It is several times the patience of a session, because progress starts patience anew."""
 HEALS_WITHIN_S = 60.0
+TIMEOUTS_S = ((3.0, 10.0), (1000.0, 1000.0))
+"""(open, progress) timeouts of sessions: short ones, and none to speak of. A row or an answer that gets lost must show
+here, not be repaired by a timer after a while."""
 SETTLES_S = 10.0
 
 
@@ -77,9 +80,10 @@ def liveness(seed: int, *, trace: list[str] | None = None) -> Report:
 
 
 def _build(seed: int, *, patience_s: float, cache_tokens: tuple[int, ...], trace: list[str] | None) -> _Swarm:
-    config = SessionConfig(patience_s=patience_s, open_timeout_s=3.0, progress_timeout_s=10.0)
     world = World(seed, trace=trace)
     rng = world.rng
+    open_s, progress_s = rng.choice(TIMEOUTS_S)
+    config = SessionConfig(patience_s=patience_s, open_timeout_s=open_s, progress_timeout_s=progress_s)
     links = LinkConfig(
         latency_s=rng.choice([(0.0005, 0.002), (0.002, 0.03)]),
         loss=rng.choice([0.0, 0.0, 0.02]),
