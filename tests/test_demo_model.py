@@ -146,14 +146,15 @@ def test_a_chat_gets_an_answer_in_words_and_the_answer_ends(model, tokenizer):
 
 def test_it_predicts_a_page_it_never_saw(model, tokenizer):
     ids = tokenizer(HELD_OUT, return_tensors="pt").input_ids[0, :512]
-    assert nats_per_token(model, ids).mean().exp() < 60
+    assert nats_per_token(model, ids).mean().exp() < 40
 
 
-def test_it_stays_fluent_to_the_end_of_its_context(model, tokenizer):
+def test_it_predicts_no_worse_at_the_end_of_its_context_than_at_the_start(model, tokenizer):
     ids = tokenizer(HELD_OUT, return_tensors="pt").input_ids[0, :2048]
     assert len(ids) == model.config.max_position_embeddings
-    losses = nats_per_token(model, ids)
-    assert losses[1536:].mean() < losses[:512].mean() + 0.3
+    far = nats_per_token(model, ids)[-384:]
+    near = nats_per_token(model, ids[-512:])[-384:]  # the same words at small positions
+    assert far.mean() < near.mean() + 0.15
 
 
 @pytest.mark.slow
