@@ -44,7 +44,7 @@ class Rig:
         self._listener: TlsListener = await transport.listen("tcp://127.0.0.1:0", self.seed.on_conn)
         self.driver = Driver(
             self.facts,
-            HeadEngine(build_ends(self.model_dir, dtype=self.dtype), exact=self.dtype == torch.float32),
+            HeadEngine(build_ends(self.model_dir, dtype=self.dtype)),
             node=identity.peer.node,
             transport=transport,
             directory=self.seed.directory,

@@ -14,12 +14,17 @@ PARTS = ("start", "kills", "overhead", "decode", "prefill", "stall", "batch")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON with all figures.")
 def swarm(parts: tuple[str, ...], as_json: bool) -> int:
     """Measure speed and failover of a swarm; exit code 3 when a figure misses its bar."""
-    import asyncio
+    import os
+
+    from shoal.launch.children import ENVIRONMENT
+
+    os.environ |= ENVIRONMENT  # before torch is imported: peer and swarm run under the same settings
 
     from shoal.bench import swarm as bench
+    from shoal.cli import process
     from shoal.cli.up import demo_model
 
-    figures = asyncio.run(bench.run(output.note, demo_model(), parts))
+    figures = process.run(bench.run(output.note, demo_model(), parts))
     if as_json:
         output.answer_json({"figures": [figure.as_json() for figure in figures]})
     else:

@@ -31,6 +31,7 @@ class Options:
     dtype: str
     wire: WireType
     device: str
+    exact: bool
 
 
 @click.command("gateway-process")
@@ -43,12 +44,13 @@ class Options:
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32")
 @click.option("--wire", type=click.Choice(["f32", "bf16", "int8"]), default="f32")
 @click.option("--device", default="cpu")
-def gateway_process(**options: Any) -> int:
+@click.option("--exact", is_flag=True)
+def gateway_process(**options: Any) -> None:
     """Answer the API for a swarm (started by `shoal up`)."""
     from shoal.cli import process
 
     process.set_up_logging()
-    return process.run(_main(Options(**options)))
+    process.run(_main(Options(**options)))
 
 
 async def _main(options: Options) -> None:
@@ -113,7 +115,7 @@ async def _serve(options: Options, seed: Seed, transport: TlsTransport, node: st
     metrics = Metrics()
     driver = Driver(
         facts,
-        HeadEngine(ends, exact=dtype == torch.float32),
+        HeadEngine(ends, exact=options.exact),
         node=node,
         transport=transport,
         directory=seed.directory,

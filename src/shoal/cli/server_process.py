@@ -19,6 +19,7 @@ from shoal.cli import output
 @click.option("--device", default="cpu")
 @click.option("--memory", required=True, help="Memory offered for weights and cache, for example 20GiB.")
 @click.option("--cache-tokens", type=int, default=None)
+@click.option("--exact", is_flag=True, help="fp32 rows keep their bits in any company.")
 def server_process(
     swarm_dir: Path,
     node: str,
@@ -29,10 +30,9 @@ def server_process(
     device: str,
     memory: str,
     cache_tokens: int | None,
-) -> int:
+    exact: bool,
+) -> None:
     """Host some blocks of a model (started by `shoal up`)."""
-    import sys
-
     import torch
 
     from shoal.cli import process
@@ -42,9 +42,6 @@ def server_process(
     from shoal.spec.ids import BlockRange
     from shoal.spec.units import parse_bytes
 
-    # The compute thread holds the interpreter between its kernels; the network loop must get it back within a
-    # fraction of a step, not after the default of 5 ms.
-    sys.setswitchinterval(0.0005)
     process.set_up_logging()
     torch.set_num_threads(1)
     config = ServerConfig(
@@ -56,6 +53,7 @@ def server_process(
         device=device,
         memory_bytes=parse_bytes(memory),
         cache_tokens=cache_tokens,
+        exact=exact,
     )
     identity = NodeIdentity.load(swarm_dir / "nodes" / node)
 
@@ -66,4 +64,4 @@ def server_process(
             on_online=lambda hosted: output.answer_json({"id": identity.peer.node, "blocks": str(hosted)}),
         )
 
-    return process.run(main())
+    process.run(main())

@@ -25,6 +25,9 @@ from shoal.cli import output
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda:N, for every server.")
 @click.option("--memory", default=None, help="Memory each server offers, for example 8GiB; default: a fair share.")
 @click.option("--cache-tokens", type=int, default=None, help="Cache of each server; default: what memory allows.")
+@click.option(
+    "--exact", is_flag=True, help="fp32 numbers that do not depend on other sessions; a lone one is 10 % slower."
+)
 @click.option("--swarm-dir", type=click.Path(path_type=Path), default=None, help="Keep keys and logs here.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON when ready.")
 def up(
@@ -37,6 +40,7 @@ def up(
     device: str,
     memory: str | None,
     cache_tokens: int | None,
+    exact: bool,
     swarm_dir: Path | None,
     as_json: bool,
 ) -> int:
@@ -59,6 +63,7 @@ def up(
         device=device,
         memory_bytes=None if memory is None else parse_bytes(memory),
         cache_tokens=cache_tokens,
+        exact=exact,
         swarm_dir=swarm_dir,
     )
     return asyncio.run(_run(LocalSwarm(plan, on_progress=output.note), as_json))

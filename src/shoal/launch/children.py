@@ -17,6 +17,14 @@ from typing import Any
 
 from shoal.errors import ShoalError
 
+ENVIRONMENT = {
+    # One thread for each numerical library: children share the machine.
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    # torch asks for huge pages for large tensors: a decode step walks through all weights, and 4 KiB pages cost 1-2 %.
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
 _TAIL_BYTES = 4000
 
 
@@ -36,8 +44,8 @@ class Child:
 
     @classmethod
     async def start(cls, name: str, args: Sequence[str], log: Path) -> Child:
-        """Start it, with its log in `log`. One thread for each numerical library: children share the machine."""
-        env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        """Start it, with its log in `log`."""
+        env = os.environ | ENVIRONMENT
         with log.open("ab") as stream:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,

@@ -37,6 +37,7 @@ class SwarmPlan:
     memory_bytes: int | None = None
     """Each server's offer; None: an equal share of what is available."""
     cache_tokens: int | None = None
+    exact: bool = False
     swarm_dir: Path | None = None
     """Kept when given; else a new private directory, removed at the end."""
 
@@ -140,6 +141,7 @@ class LocalSwarm:
             *("--swarm-dir", str(self.swarm_dir), "--model", str(plan.model_dir), "--name", plan.model_name),
             *("--servers", str(plan.servers), "--replicas", str(plan.replicas)),
             *("--port", str(plan.api_port), "--dtype", plan.dtype, "--wire", plan.wire, "--device", plan.device),
+            *(["--exact"] if plan.exact else []),
         ]
 
     def _server_args(self, name: str, seed: str) -> list[str]:
@@ -149,7 +151,9 @@ class LocalSwarm:
             *("--swarm-dir", str(self.swarm_dir), "--node", name, "--seed", seed, "--model", str(plan.model_dir)),
             *("--dtype", plan.dtype, "--device", plan.device, "--memory", str(plan.memory_bytes or share)),
         ]
-        return args if plan.cache_tokens is None else [*args, "--cache-tokens", str(plan.cache_tokens)]
+        if plan.cache_tokens is not None:
+            args += ["--cache-tokens", str(plan.cache_tokens)]
+        return [*args, "--exact"] if plan.exact else args
 
     async def ended(self) -> tuple[str, int]:
         """Wait until any process of the swarm ends: (its name, its exit code, negative for a signal)."""

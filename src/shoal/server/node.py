@@ -59,7 +59,7 @@ class ServerConfig:
     memory_bytes: int = 4 << 30
     cache_tokens: int | None = None
     """None: as much as fits into memory_bytes beside the weights."""
-    exact: bool = True
+    exact: bool = False
     """fp32 decode rows run in tiles, so that a session's numbers do not depend on its company."""
     threads: int = 1
     drain_s: float = 20.0

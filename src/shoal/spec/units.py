@@ -12,7 +12,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
 
 
 def parse_bytes(text: str) -> int:
-    """"20GiB" -> 21474836480. Raises UsageError for anything that is not a size."""
+    """ "20GiB" -> 21474836480. Raises UsageError for anything that is not a size."""
     match = _SIZE.fullmatch(text.strip())
     unit = _UNITS.get(match[2].lower()) if match else None
     if match is None or unit is None:

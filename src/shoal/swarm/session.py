@@ -265,9 +265,7 @@ class Session:
     def close(self) -> list[Action]:
         """Finished or cancelled: free the caches everywhere."""
         self.ended = True
-        return [
-            Tell(stage.node, stage.hop.addresses, msg.Close([self.id])) for stage in self._stages if stage.alive
-        ]
+        return [Tell(stage.node, stage.hop.addresses, msg.Close([self.id])) for stage in self._stages if stage.alive]
 
     @property
     def chain(self) -> tuple[Hop, ...]:
