@@ -7,8 +7,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from shoal.compute.head import HeadEngine
-from shoal.compute.sampling import Sampler, SamplingParams
+from shoal.compute.sampling import Sampler
 from shoal.compute.split import Ends
+from shoal.spec.sampling import SamplingParams
 
 VOCAB = 96
 SHAPES = {

@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
-from shoal.compute.sampling import NUCLEUS_GUESS, BadLogits, Sampler, SamplingParams, sample_batch
+from shoal.compute.sampling import NUCLEUS_GUESS, BadLogits, Sampler, sample_batch
 from shoal.errors import UsageError
+from shoal.spec.sampling import SamplingParams
 
 VOCAB = 40
 
@@ -71,7 +72,7 @@ def test_top_p_zero_and_a_tiny_temperature_mean_the_most_likely_token() -> None:
 
 def test_penalties_and_bias_equal_the_formula_over_generated_tokens() -> None:
     rng = np.random.default_rng(0)
-    session = sampler(temperature=0, presence_penalty=0.7, frequency_penalty=0.4, logit_bias={5: 1.5, 9: -100.0})
+    session = sampler(temperature=0, presence_penalty=0.7, frequency_penalty=0.4, logit_bias=((5, 1.5), (9, -100.0)))
     counts = np.zeros(VOCAB)
     for _ in range(50):
         logits = rng.normal(size=VOCAB).astype(np.float32)
@@ -91,7 +92,7 @@ def test_a_row_is_not_changed_by_its_company() -> None:
         {"temperature": 0},
         {"seed": 3, "temperature": 0.9, "top_p": 0.9},
         {"seed": 4, "logprobs": 3, "presence_penalty": 1.0},
-        {"temperature": 0, "logit_bias": {1: 50.0}},
+        {"temperature": 0, "logit_bias": ((1, 50.0),)},
     ]
     together = [sampler(**o) for o in options]
     separate = [sampler(**o) for o in options]
@@ -118,7 +119,7 @@ def test_sessions_without_a_seed_differ() -> None:
 def test_logprobs_are_those_of_the_model_before_bias_penalty_and_temperature() -> None:
     logits = logits_of(3)
     batch = [
-        sampler(temperature=0, logprobs=4, logit_bias={2: 100.0}),
+        sampler(temperature=0, logprobs=4, logit_bias=((2, 100.0),)),
         sampler(temperature=0),
         sampler(temperature=5.0, seed=1, logprobs=0),
     ]
@@ -129,9 +130,9 @@ def test_logprobs_are_those_of_the_model_before_bias_penalty_and_temperature() -
     values, tokens = expected[0].topk(4)
     assert [token for token, _ in chosen.top] == tokens.tolist()
     assert [value for _, value in chosen.top] == pytest.approx(values.tolist())
-    assert (plain.logprob, plain.top) == (None, [])
+    assert (plain.logprob, plain.top) == (None, ())
     assert bare.logprob == pytest.approx(float(expected[2, bare.token]))
-    assert bare.top == []
+    assert bare.top == ()
 
 
 def test_bf16_logits_choose_like_fp32_ones() -> None:
@@ -157,7 +158,7 @@ def test_broken_logits_are_an_error_that_names_the_rows_and_moves_nobody(value: 
 def test_the_callers_logits_are_left_alone() -> None:
     logits = logits_of(2)
     before = logits.clone()
-    sample_batch(logits, [sampler(logit_bias={1: 5.0}), sampler(seed=2, top_p=0.5)])
+    sample_batch(logits, [sampler(logit_bias=((1, 5.0),)), sampler(seed=2, top_p=0.5)])
     assert torch.equal(logits, before)
 
 
@@ -165,8 +166,8 @@ def test_the_callers_logits_are_left_alone() -> None:
     "options",
     [
         {"temperature": -0.1}, {"temperature": math.nan}, {"top_p": 1.1}, {"presence_penalty": 2.1},
-        {"frequency_penalty": -3.0}, {"logit_bias": {1: 101.0}}, {"logprobs": 21}, {"logit_bias": {VOCAB: 1.0}},
-        {"logit_bias": {-1: 1.0}},
+        {"frequency_penalty": -3.0}, {"logit_bias": ((1, 101.0),)}, {"logprobs": 21}, {"logit_bias": ((VOCAB, 1.0),)},
+        {"logit_bias": ((-1, 1.0),)},
     ],
     ids=str,
 )  # fmt: skip

@@ -40,8 +40,9 @@ def describe(model_dir: str | Path) -> ModelFacts:
     cuts = cut_points(config)
     anatomy = examine(build_skeleton(config, torch.float32))
     block_params = tuple(sum(p.numel() for p in layer.parameters()) for layer in anatomy.layers)
-    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 1)
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // max(1, getattr(text, "num_attention_heads", 1))
+    query_heads = getattr(text, "num_attention_heads", None) or 1
+    heads = getattr(text, "num_key_value_heads", None) or query_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // query_heads
     return ModelFacts(
         name=f"{model_dir.resolve().name.lower()[:200]}@{fingerprint(model_dir)}",
         num_blocks=depth(config),

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shoal.compute.sampling import Sampled, Sampler, sample_batch
+from shoal.compute.sampling import Sampler, sample_batch
 from shoal.compute.split import Ends
 from shoal.compute.tiles import PROBE_ROWS, RowTile, first_that_holds
+from shoal.spec.sampling import Sampled
 
 
 class HeadEngine:

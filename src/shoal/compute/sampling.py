@@ -21,12 +21,12 @@ import hashlib
 import math
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from shoal.errors import ShoalError, UsageError
+from shoal.spec.sampling import Sampled, SamplingParams
 
 MAX_TOP_LOGPROBS = 20
 
@@ -51,36 +51,24 @@ class BadLogits(ShoalError):
         self.rows = rows
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How one session chooses its tokens. Raises UsageError for a value outside its range.
+def check(params: SamplingParams, *, vocab_size: int) -> None:
+    """Raises UsageError, with the range, for a parameter that the sampler has no meaning for.
 
-    Attributes:
-        temperature: 0 means the most likely token, always; otherwise logits are divided by it.
-        top_p: draw from the smallest set of tokens whose probabilities sum to at least this much, in [0, 1].
-        seed: makes draws repeatable; None draws a fresh one.
-        presence_penalty, frequency_penalty: -2..2, over the tokens generated so far (not the prompt).
-        logit_bias: token id -> -100..100, added to its logit.
-        logprobs: None for none; n reports the chosen token and the n most likely ones, 0..20.
+    temperature 0..100, top_p 0..1, both penalties -2..2, biases -100..100 on tokens of the vocabulary, logprobs 0..20.
     """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int | None = None
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: dict[int, float] = field(default_factory=dict)
-    logprobs: int | None = None
-
-    def __post_init__(self) -> None:
-        _within("temperature", self.temperature, 0.0, 100.0)
-        _within("top_p", self.top_p, 0.0, 1.0)
-        _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        for bias in self.logit_bias.values():
-            _within("logit_bias", bias, -100.0, 100.0)
-        if self.logprobs is not None:
-            _within("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS)
+    _within("temperature", params.temperature, 0.0, 100.0)
+    _within("top_p", params.top_p, 0.0, 1.0)
+    _within("presence_penalty", params.presence_penalty, -2.0, 2.0)
+    _within("frequency_penalty", params.frequency_penalty, -2.0, 2.0)
+    for token, bias in params.logit_bias:
+        _within("logit_bias", bias, -100.0, 100.0)
+        if not 0 <= token < vocab_size:
+            raise UsageError(
+                f"logit_bias names token {token}, which does not exist.",
+                hint=f"This model's tokens are 0 to {vocab_size - 1}.",
+            )
+    if params.logprobs is not None:
+        _within("logprobs", params.logprobs, 0, MAX_TOP_LOGPROBS)
 
 
 def _within(name: str, value: float, low: float, high: float) -> None:
@@ -88,29 +76,15 @@ def _within(name: str, value: float, low: float, high: float) -> None:
         raise UsageError(f"{name} is {value}, outside {low:g} to {high:g}.")
 
 
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """A chosen token. `logprob` and `top` (most likely first) are filled when the session asked for logprobs."""
-
-    token: int
-    logprob: float | None = None
-    top: list[tuple[int, float]] = field(default_factory=list)
-
-
 class Sampler:
     """State of one session: its parameters, how often it has generated which token, how many tokens it has drawn.
 
-    Raises UsageError when a biased token is not in the vocabulary: caught here, where it concerns one request, and not
-    in a batch with others.
+    Raises UsageError for parameters out of range: caught here, where it concerns one request, and not in a batch with
+    others.
     """
 
     def __init__(self, params: SamplingParams, *, vocab_size: int) -> None:
-        for token in params.logit_bias:
-            if not 0 <= token < vocab_size:
-                raise UsageError(
-                    f"logit_bias names token {token}, which does not exist.",
-                    hint=f"This model's tokens are 0 to {vocab_size - 1}.",
-                )
+        check(params, vocab_size=vocab_size)
         self.params = params
         self.vocab_size = vocab_size
         self.drawn = 0
@@ -219,7 +193,7 @@ def _with_logprobs(logits: Tensor, samplers: Sequence[Sampler], chosen: Sequence
     reports = {
         row: (
             picked[i],
-            list(zip(tokens[i].tolist(), values[i].tolist(), strict=True))[: samplers[row].params.logprobs],
+            tuple(zip(tokens[i].tolist(), values[i].tolist(), strict=True))[: samplers[row].params.logprobs],
         )
         for i, row in enumerate(asked)
     }

@@ -22,38 +22,42 @@ class Metrics:
     """All counters of one gateway. The driver of the chains gets the same object and calls `failover`."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        made = {"registry": self.registry}
+        self.registry = registry = CollectorRegistry()
         self.http_requests = Counter(
-            "shoal_http_requests", "HTTP answers by route and status.", ["method", "route", "status"], **made
+            "shoal_http_requests", "HTTP answers by route and status.", ["method", "route", "status"], registry=registry
         )
-        self.running = Gauge("shoal_num_requests_running", "Requests that have been admitted and get tokens.", **made)
-        self.waiting = Gauge("shoal_num_requests_waiting", "Requests that wait for their admission.", **made)
+        self.running = Gauge(
+            "shoal_num_requests_running", "Requests that have been admitted and get tokens.", registry=registry
+        )
+        self.waiting = Gauge("shoal_num_requests_waiting", "Requests that wait for their admission.", registry=registry)
         self.success = Counter(
-            "shoal_request_success", "Choices that were answered to their end.", ["finished_reason"], **made
+            "shoal_request_success", "Choices that were answered to their end.", ["finished_reason"], registry=registry
         )
         self.errors = Counter(
-            "shoal_request_errors", "Generation requests that failed, by error code.", ["code"], **made
+            "shoal_request_errors", "Generation requests that failed, by error code.", ["code"], registry=registry
         )
-        self.prompt_tokens = Counter("shoal_prompt_tokens", "Tokens of admitted prompts.", **made)
-        self.generation_tokens = Counter("shoal_generation_tokens", "Generated tokens.", **made)
+        self.prompt_tokens = Counter("shoal_prompt_tokens", "Tokens of admitted prompts.", registry=registry)
+        self.generation_tokens = Counter("shoal_generation_tokens", "Generated tokens.", registry=registry)
         self.first_token_s = Histogram(
             "shoal_time_to_first_token_seconds",
             "From the request to its first token.",
             buckets=_REQUEST_BUCKETS_S,
-            **made,
+            registry=registry,
         )
         self.inter_token_s = Histogram(
-            "shoal_inter_token_latency_seconds", "Between two tokens of a choice.", buckets=_TOKEN_BUCKETS_S, **made
+            "shoal_inter_token_latency_seconds",
+            "Between two tokens of a choice.",
+            buckets=_TOKEN_BUCKETS_S,
+            registry=registry,
         )
         self.request_s = Histogram(
             "shoal_e2e_request_latency_seconds",
             "From the request to its last token.",
             buckets=_REQUEST_BUCKETS_S,
-            **made,
+            registry=registry,
         )
         self.failovers = Counter(
-            "shoal_failovers", "Chains that were rebuilt under a running answer.", ["cause"], **made
+            "shoal_failovers", "Chains that were rebuilt under a running answer.", ["cause"], registry=registry
         )
 
     def failover(self, cause: str) -> None:

@@ -63,7 +63,12 @@ class Message(msgspec.Struct):
         content = self.content
         if isinstance(content, list):
             content = "\n".join(part.text or "" for part in content)
-        plain = {"role": self.role, "content": content, "name": self.name, "tool_call_id": self.tool_call_id}
+        plain: dict[str, Any] = {
+            "role": self.role,
+            "content": content,
+            "name": self.name,
+            "tool_call_id": self.tool_call_id,
+        }
         if self.tool_calls:
             plain["tool_calls"] = [_with_parsed_arguments(call) for call in self.tool_calls]
         return {name: value for name, value in plain.items() if value is not None or name == "content"}
