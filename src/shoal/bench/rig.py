@@ -14,6 +14,7 @@ from shoal.client.driver import Driver, DriverConfig
 from shoal.compute.facts import describe
 from shoal.compute.head import HeadEngine
 from shoal.compute.split import build_ends
+from shoal.compute.worker import Worker
 from shoal.launch.children import Child
 from shoal.net.identity import create_ca, issue_node
 from shoal.net.seed import Seed
@@ -42,6 +43,7 @@ class Rig:
         transport = TlsTransport(identity)
         self.seed = Seed(identity.peer.node)
         self._listener: TlsListener = await transport.listen("tcp://127.0.0.1:0", self.seed.on_conn)
+        self._worker = Worker("head")
         self.driver = Driver(
             self.facts,
             HeadEngine(build_ends(self.model_dir, dtype=self.dtype)),
@@ -49,6 +51,7 @@ class Rig:
             transport=transport,
             directory=self.seed.directory,
             config=DriverConfig(wire=_WIRES[self.dtype]),  # type: ignore[arg-type]
+            worker=self._worker,
             on_recovered=self.recovered.append,
         )
         self.seed.on_change = self.driver.view_changed
@@ -59,12 +62,13 @@ class Rig:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.driver.close()
+        self._worker.close()
         await asyncio.gather(*(child.stop(grace_s=3.0) for child in self.children.values()))
         await self._listener.close()
 
     async def add(self, *spans: str) -> list[str]:
         """Start one server for each span "START:END" and wait until all are online; returns their node ids."""
-        nodes = []
+        nodes: list[str] = []
         for span in spans:
             identity = issue_node(self._authority, "server")
             node = identity.peer.node

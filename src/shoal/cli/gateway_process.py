@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,6 +88,7 @@ async def _serve(options: Options, seed: Seed, transport: TlsTransport, node: st
     from shoal.compute.facts import describe
     from shoal.compute.head import HeadEngine
     from shoal.compute.split import build_ends
+    from shoal.compute.worker import Worker
     from shoal.gateway.accounts import Accounts
     from shoal.gateway.app import create_app
     from shoal.gateway.metrics import Metrics
@@ -97,11 +97,10 @@ async def _serve(options: Options, seed: Seed, transport: TlsTransport, node: st
     from shoal.net.coordinator import assign_blocks
     from shoal.swarm.placement import ModelNeeds
 
-    loop = asyncio.get_running_loop()
-    compute = ThreadPoolExecutor(1, "head", torch.set_num_threads, (1,))
+    worker = Worker("head")
     dtype: torch.dtype = getattr(torch, options.dtype)
-    facts = await loop.run_in_executor(compute, describe, options.model)
-    tokenizer = await loop.run_in_executor(compute, load_tokenizer, options.model)
+    facts = await worker.call(describe, options.model)
+    tokenizer = await worker.call(load_tokenizer, options.model)
     needs = ModelNeeds(
         block_bytes=tuple(params * dtype.itemsize for params in facts.block_params),
         kv_bytes_per_block_token=facts.kv_params_per_token * dtype.itemsize,
@@ -111,7 +110,7 @@ async def _serve(options: Options, seed: Seed, transport: TlsTransport, node: st
     placing = asyncio.create_task(
         assign_blocks(seed, facts.name, needs, stages=options.servers, replicas=options.replicas)
     )
-    ends = await loop.run_in_executor(compute, lambda: build_ends(options.model, dtype=dtype, device=options.device))
+    ends = await worker.call(lambda: build_ends(options.model, dtype=dtype, device=options.device))
     metrics = Metrics()
     driver = Driver(
         facts,
@@ -120,7 +119,7 @@ async def _serve(options: Options, seed: Seed, transport: TlsTransport, node: st
         transport=transport,
         directory=seed.directory,
         config=DriverConfig(wire=options.wire),
-        compute=compute,
+        worker=worker,
         on_recovered=lambda recovered: metrics.failover(recovered.cause),
     )
     driver.start()
@@ -145,4 +144,5 @@ async def _serve(options: Options, seed: Seed, transport: TlsTransport, node: st
             await asyncio.Event().wait()  # until cancelled
     finally:
         await driver.close()
+        worker.close()
         accounts.close()

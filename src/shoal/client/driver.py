@@ -11,10 +11,10 @@ chosen tokens in the same visit; the event loop only moves messages.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -26,6 +26,7 @@ from shoal.compute.activations import to_numpy, to_torch
 from shoal.compute.facts import ModelFacts
 from shoal.compute.head import HeadEngine
 from shoal.compute.sampling import Sampler
+from shoal.compute.worker import Worker
 from shoal.errors import ContextTooLong, ShoalError
 from shoal.net.directory import Directory
 from shoal.net.transport import Transport
@@ -34,6 +35,8 @@ from shoal.swarm.session import Recovered, SessionConfig
 from shoal.wire import messages as msg
 from shoal.wire import rows as wire_rows
 from shoal.wire import tensors
+
+log = logging.getLogger("shoal.client")
 
 ACTIVE_S = 2.0
 """A generation that got a token within this time counts when batches are sized."""
@@ -81,14 +84,14 @@ class Driver:
         transport: Transport,
         directory: Directory,
         config: DriverConfig | None = None,
-        compute: ThreadPoolExecutor | None = None,
+        worker: Worker,
         on_recovered: Callable[[Recovered], None] = lambda recovered: None,
     ) -> None:
         self.facts = facts
         self.tokens = 0
         self._head = head
         self._config = config or DriverConfig()
-        self._compute = compute or ThreadPoolExecutor(1, "head", torch.set_num_threads, (1,))
+        self._worker = worker
         self.sessions = Sessions(
             facts.name,
             facts.num_blocks,
@@ -98,23 +101,19 @@ class Driver:
             wire=self._config.wire,
             config=self._config.session,
             on_recovered=on_recovered,
+            on_frame_end=self._kick,
         )
         self._runs: set[_Run] = set()
         self._rows: deque[tuple[_Run, wire_rows.Rows]] = deque()
-        self._rows_came = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self._sampling: list[_Run] = []
+        """The generations whose next tokens are being chosen now."""
 
     def start(self) -> None:
         self.sessions.start()
-        self._task = asyncio.create_task(self._head_loop(), name="head")
 
     async def close(self) -> None:
         """End every generation and connection."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
         await self.sessions.close()
-        self._compute.shutdown(wait=False, cancel_futures=True)
 
     def view_changed(self) -> None:
         """The registry changed: generations that wait for servers look again."""
@@ -168,9 +167,7 @@ class Driver:
         step = self._config.chunk_rows
         for at in range(0, len(run.prompt), step):
             ids = run.prompt[at : at + step]
-            rows = await asyncio.get_running_loop().run_in_executor(
-                self._compute, self._embed, ids, range(at, at + len(ids))
-            )
+            rows = await self._worker.call(self._embed, ids, range(at, at + len(ids)))
             if handle.session.ended:
                 return  # the reason waits in run.out
             self.sessions.feed(handle, rows)
@@ -185,33 +182,37 @@ class Driver:
         if position <= run.wanted < position + rows.count:
             row = run.wanted - position
             self._rows.append((run, rows[row : row + 1]))
-            self._rows_came.set()
 
     # --- head and sampling -----------------------------------------------------------------------------------
 
-    async def _head_loop(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            await self._rows_came.wait()
-            self._rows_came.clear()
-            while batch := self._take_rows():
-                runs = [run for run, _ in batch]
-                try:
-                    chosen, embedded = await loop.run_in_executor(
-                        self._compute,
-                        self._choose,
-                        [rows for _, rows in batch],
-                        [run.sampler for run in runs],
-                        [run.wanted + 1 for run in runs],
-                    )
-                except ShoalError as error:
-                    # Broken numbers: the batch cannot be told apart here, so every one of it hears the error.
-                    for run in runs:
-                        run.out.put_nowait(error)
-                    continue
-                for index, (run, choice) in enumerate(zip(runs, chosen, strict=True)):
-                    self._advance(run, choice, embedded[index : index + 1])
-                self.sessions.flush()
+    def _kick(self) -> None:
+        """Sample the rows that wait, if the compute thread is not sampling already."""
+        if self._sampling or not (batch := self._take_rows()):
+            return
+        self._sampling = [run for run, _ in batch]
+        self._worker.submit(
+            self._choose,
+            [rows for _, rows in batch],
+            [run.sampler for run in self._sampling],
+            [run.wanted + 1 for run in self._sampling],
+            done=self._on_chosen,
+        )
+
+    def _on_chosen(self, result: tuple[list[Sampled], wire_rows.Rows] | None, error: BaseException | None) -> None:
+        runs, self._sampling = self._sampling, []
+        self._kick()
+        if result is not None:
+            chosen, embedded = result
+            for index, (run, choice) in enumerate(zip(runs, chosen, strict=True)):
+                self._advance(run, choice, embedded[index : index + 1])
+            self.sessions.flush()
+            return
+        # Broken numbers: the rows of a batch cannot be told apart here, so every generation of it hears the error.
+        told = error if isinstance(error, ShoalError) else ShoalError("Choosing the next token failed; see the log.")
+        if told is not error:
+            log.error("choosing the next tokens failed", exc_info=error)
+        for run in runs:
+            run.out.put_nowait(told)
 
     def _take_rows(self) -> list[tuple[_Run, wire_rows.Rows]]:
         """The rows to sample together: at most the active generations divided by the stages, like the servers' batches,

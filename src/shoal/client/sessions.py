@@ -68,7 +68,9 @@ class Sessions:
         wire: msg.WireType,
         config: decide.SessionConfig | None = None,
         on_recovered: Callable[[decide.Recovered], None] = lambda recovered: None,
+        on_frame_end: Callable[[], None] = lambda: None,
     ) -> None:
+        """`on_frame_end` is called after all rows of a frame were handed out."""
         self.counters = SessionCounters()
         self.wire = wire
         self._model = model
@@ -78,6 +80,7 @@ class Sessions:
         self._directory = directory
         self._config = config or decide.SessionConfig()
         self._on_recovered = on_recovered
+        self._on_frame_end = on_frame_end
         # Breaks ties between equal routes; nothing secret hangs on it.
         self._rng = random.Random(secrets.randbits(64))
         self._links: dict[str, Link] = {}
@@ -251,6 +254,7 @@ class Sessions:
                         self._perform(handle, handle.session.on_message(node, message, now))
             case msg.Fault(code, text):
                 raise ProtocolError(f"Server {node} reported {code}: {text}")
+        self._on_frame_end()
         self.flush()
 
     def _on_lost(self, node: str, cause: str, text: str) -> None:

@@ -1,8 +1,7 @@
 """One machine's block server: connections in, sessions decided by swarm.serving, rows computed by compute.engine.
 
 Two threads. The event loop owns the network and all decisions and is never behind compute, so pings are answered
-during a long prefill. The compute thread owns the engine; batches and cache changes reach it in order through a
-one-thread executor.
+during a long prefill. The compute thread owns the engine; batches and cache changes reach it in order.
 
     frame -> cut -> Serving.on_steps -> next_batch --> compute thread: decode, engine.run, encode
                                                        -> Serving.on_computed -> push to next / result / journal
@@ -15,7 +14,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ import torch
 from shoal.compute import engine as compute
 from shoal.compute.activations import to_numpy, to_torch
 from shoal.compute.facts import ModelFacts, describe
+from shoal.compute.worker import Worker
 from shoal.errors import NotFinite, ShoalError
 from shoal.net.directory import LEASE_S, Directory
 from shoal.net.link import Link
@@ -42,6 +41,8 @@ from shoal.wire import tensors
 log = logging.getLogger("shoal.server")
 
 HOUSEKEEPING_S = 0.5
+_BATCH_ERRORS = (ShoalError, RuntimeError, ValueError, LookupError, MemoryError)
+"""What computing a batch may raise because of its sessions' numbers or sizes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +77,14 @@ class BlockServer:
         self._directory = Directory(node)
         self._device = torch.device(config.device)
         self._facts: ModelFacts | None = None
-        self._compute = ThreadPoolExecutor(
-            1, thread_name_prefix="compute", initializer=torch.set_num_threads, initargs=(config.threads,)
-        )
+        self._worker = Worker("compute", threads=config.threads)
         self._engine: compute.BlockEngine | None = None
         self._serving: decide.Serving | None = None
         self._speed = Speed(0.0, 0.0)
         self._assigned: asyncio.Future[msg.Assign] = asyncio.get_running_loop().create_future()
-        self._work = asyncio.Event()
+        self._running: list[decide.Work] = []
+        """The batch in the compute thread now."""
+        self._broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._stopping = asyncio.Event()
         self._drivers: dict[str, Outbox] = {}
         self._pushes: dict[str, Link] = {}
@@ -109,7 +110,7 @@ class BlockServer:
             for link in list(self._pushes.values()):
                 await link.close()
             await listener.close()
-            self._compute.shutdown(wait=False, cancel_futures=True)
+            self._worker.close()
 
     async def _until_stopped(self, work: Coroutine[Any, Any, None], gossip: asyncio.Task[None]) -> None:
         """Run `work` until it ends, the server is stopped, or gossip fails (which raises)."""
@@ -129,8 +130,8 @@ class BlockServer:
 
     async def _become_online(self, address: str, on_online: Callable[[BlockRange], None]) -> None:
         config = self._config
-        facts = self._facts = await self._in_compute(describe, config.model_dir)
-        rates = await self._in_compute(probe.measure, config.dtype, self._device)
+        facts = self._facts = await self._worker.call(describe, config.model_dir)
+        rates = await self._worker.call(probe.measure, config.dtype, self._device)
         decode_ms, prefill_ms = rates.block_ms(sum(facts.block_params) // facts.num_blocks)
         self._directory.publish(
             msg.Record(
@@ -160,11 +161,11 @@ class BlockServer:
         span = msg.Span(facts.name, blocks.start, blocks.end)
         self._directory.update(state="loading", span=span)
         log.info("loading blocks %s of %s", blocks, facts.name)
-        loaded: Loaded = await self._in_compute(self._load, blocks)
+        loaded: Loaded = await self._worker.call(self._load, blocks)
         self._engine = loaded.engine
         self._serving = decide.Serving(decide.ServingConfig(facts.name, blocks, loaded.cache_tokens))
         self._speed = Speed(decode_ms, prefill_ms)
-        await self._in_compute(self._measure_blocks, blocks)
+        await self._worker.call(self._measure_blocks, blocks)
         self._publish_load(state="online")
         log.info(
             "online: blocks %s, %d bytes read, cache for %d tokens, %s",
@@ -215,9 +216,6 @@ class BlockServer:
             **fields,
         )
 
-    async def _in_compute(self, function: Callable[..., Any], *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._compute, function, *args)
-
     # --- messages in -----------------------------------------------------------------------------------------
 
     def _on_seed_message(self, node: str, message: msg.Message, body: memoryview) -> None:
@@ -257,7 +255,7 @@ class BlockServer:
         match message:
             case msg.Step(items, tensor):
                 actions = serving.on_steps(wire_rows.cut(items, tensor, body), now)
-                self._work.set()
+                self._kick()
                 return actions
             case msg.Open():
                 return serving.on_open(node, message, now)
@@ -278,13 +276,9 @@ class BlockServer:
                     if (outbox := self._drivers.get(node)) is not None:
                         outbox.put(message)
                 case decide.OpenCache(session, blocks, max_tokens):
-                    self._submit(self._open_cache, session, blocks, max_tokens)
+                    self._worker.post(self._open_cache, session, blocks, max_tokens)
                 case decide.DropCache(session):
-                    self._submit(self._drop_cache, session)
-
-    def _submit(self, function: Callable[..., None], *args: Any) -> None:
-        """Queue a cache change before the next batch. A failure would show in that batch; here it is only logged."""
-        self._compute.submit(function, *args).add_done_callback(_log_failure)
+                    self._worker.post(self._drop_cache, session)
 
     def _emit(self, emit: decide.Emit) -> None:
         items = [item for item, _ in emit.items]
@@ -328,40 +322,47 @@ class BlockServer:
     # --- computing -------------------------------------------------------------------------------------------
 
     async def _serve(self) -> None:
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._compute_loop())
-            group.create_task(self._housekeeping())
+        """Serve until cancelled; raises what no session can be blamed for."""
+        self._kick()
+        housekeeping = asyncio.create_task(self._housekeeping(), name="housekeeping")
+        try:
+            await asyncio.wait([housekeeping, self._broken], return_when=asyncio.FIRST_COMPLETED)
+            for ended in (housekeeping, self._broken):
+                if ended.done():
+                    ended.result()
+        finally:
+            housekeeping.cancel()
+            await asyncio.gather(housekeeping, return_exceptions=True)
 
-    async def _compute_loop(self) -> None:
+    def _kick(self) -> None:
+        """Start the next batch if the compute thread is free and something waits."""
+        serving = self._serving
+        if serving is None or self._running:
+            return
+        self._running = serving.next_batch(time.monotonic())
+        if self._running:
+            self._worker.submit(self._run, self._running, done=self._on_batch)
+
+    def _on_batch(self, result: tuple[list[wire_rows.Rows], float] | None, error: BaseException | None) -> None:
+        """A batch ended: start the next one, then send this one's outputs."""
         serving = self._serving
         assert serving is not None
-        running: tuple[list[decide.Work], asyncio.Future[Any]] | None = None
-        while True:
-            if running is None:
-                running = self._start_batch(serving)
-            if running is None:
-                self._work.clear()
-                await self._work.wait()
-                continue
-            works, future = running
-            try:
-                outputs, took_ms = await future
-            except (ShoalError, RuntimeError, ValueError, LookupError) as error:
-                # The numbers went wrong or memory ran out: these sessions move elsewhere, the others go on.
-                log.error("a batch of %d sessions failed: %s", len(works), type(error).__name__, exc_info=True)
-                running = None
-                self._perform(serving.on_failed(works, _public(error), time.monotonic()))
-                continue
-            actions = serving.on_computed(works, outputs, time.monotonic())
-            running = self._start_batch(serving)  # before sending: the compute thread must not wait for the network
+        works, self._running = self._running, []
+        now = time.monotonic()
+        if result is not None:
+            outputs, took_ms = result
+            actions = serving.on_computed(works, outputs, now)
+            self._kick()  # before sending: the compute thread must not wait for the network
             self._perform(actions)
-            self._note_speed(works, took_ms)
-
-    def _start_batch(self, serving: decide.Serving) -> tuple[list[decide.Work], asyncio.Future[Any]] | None:
-        works = serving.next_batch(time.monotonic())
-        if not works:
-            return None
-        return works, asyncio.get_running_loop().run_in_executor(self._compute, self._run, works)
+            rows = sum(work.item.rows for work in works)
+            self._speed.measured(rows=rows, blocks=len(serving.config.blocks), took_ms=took_ms)
+        elif isinstance(error, _BATCH_ERRORS):
+            # The numbers went wrong or memory ran out: these sessions move elsewhere, the others go on.
+            log.error("a batch of %d sessions failed", len(works), exc_info=error)
+            self._perform(serving.on_failed(works, _public(error), now))
+            self._kick()
+        elif not self._broken.done():
+            self._broken.set_exception(error or RuntimeError("a batch ended without a result"))
 
     def _run(self, works: Sequence[decide.Work]) -> tuple[list[wire_rows.Rows], float]:
         """In the compute thread: received rows -> engine -> rows to send, in the format they came in."""
@@ -384,11 +385,6 @@ class BlockServer:
             at += work.item.rows
         return outputs, (time.perf_counter() - start) * 1e3
 
-    def _note_speed(self, works: Sequence[decide.Work], took_ms: float) -> None:
-        assert self._serving is not None
-        rows = sum(work.item.rows for work in works)
-        self._speed.measured(rows=rows, blocks=len(self._serving.config.blocks), took_ms=took_ms)
-
     async def _housekeeping(self) -> None:
         serving = self._serving
         assert serving is not None
@@ -405,21 +401,13 @@ class BlockServer:
         assert serving is not None
         self._directory.update(state="draining")
         self._perform(serving.drain())
-        loop = asyncio.create_task(self._compute_loop())
         deadline = time.monotonic() + self._config.drain_s
-        while serving.sessions and time.monotonic() < deadline and not loop.done():
+        while serving.sessions and time.monotonic() < deadline and not self._broken.done():
             await asyncio.sleep(0.02)
-        loop.cancel()
-        await asyncio.gather(loop, return_exceptions=True)
         self._directory.update(state="gone")
         await asyncio.sleep(0.05)  # one turn of gossip, so that others need not wait for the lease to run out
 
 
-def _log_failure(future: Future[None]) -> None:
-    if not future.cancelled() and (error := future.exception()) is not None:
-        log.error("a cache change failed", exc_info=error)
-
-
-def _public(error: Exception) -> str:
+def _public(error: BaseException) -> str:
     """What a driver may know: the kind of failure, no paths and no internals."""
     return str(error) if isinstance(error, NotFinite) else f"Computing failed on this server ({type(error).__name__})."
