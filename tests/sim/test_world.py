@@ -43,6 +43,18 @@ def test_waiting_ends_at_its_limit() -> None:
         world.run_until(lambda: False, limit_s=10.0, what="the answer came")
 
 
+@pytest.mark.parametrize("delay_s", [0.0, 1e-9])
+def test_a_loop_that_does_not_let_time_pass_fails_instead_of_hanging(delay_s: float) -> None:
+    world = World(0)
+
+    def again() -> None:
+        world.after(delay_s, again)
+
+    again()
+    with pytest.raises(Stuck, match="a loop"):
+        world.run_for(1.0)
+
+
 def test_nothing_is_scheduled_into_the_past() -> None:
     with pytest.raises(ValueError, match="into the past"):
         World(0).after(-0.1, lambda: None)

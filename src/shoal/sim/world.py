@@ -12,6 +12,9 @@ from collections.abc import Callable
 
 Call = Callable[[], None]
 
+MAX_CALLS_PER_SECOND = 100_000
+"""More calls than this within one virtual second are a loop: the busiest scenario makes 3,000."""
+
 
 class Wrong(AssertionError):
     """Something happened that must never happen: a wrong or repeated token, a leak, a broken invariant."""
@@ -33,6 +36,8 @@ class World:
         self._queue: list[tuple[float, int, bool, Call]] = []
         self._scheduled = 0
         self._foreground = 0
+        self._second = 0
+        self._calls_this_second = 0
 
     def after(self, delay_s: float, call: Call, *, background: bool = False) -> None:
         """Run `call` in `delay_s` seconds. Background calls (gossip rounds, the next fault) go on for ever, so they do
@@ -44,12 +49,17 @@ class World:
         heapq.heappush(self._queue, (self.now + delay_s, self._scheduled, background, call))
 
     def step(self) -> bool:
-        """Run the next call; False when there is none."""
+        """Run the next call; False when there is none. Raises Stuck when time does not get on for all the calls."""
         if not self._queue:
             return False
         self.now, _, background, call = heapq.heappop(self._queue)
         self._foreground -= not background
         self.events += 1
+        if int(self.now) != self._second:
+            self._second, self._calls_this_second = int(self.now), 0
+        self._calls_this_second += 1
+        if self._calls_this_second > MAX_CALLS_PER_SECOND:
+            raise Stuck(f"a loop at {self.now:.3f} s: {MAX_CALLS_PER_SECOND} calls within a second")
         call()
         return True
 
