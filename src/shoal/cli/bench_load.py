@@ -17,8 +17,9 @@ GB = 1e9
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one array with all results.")
 def load(model: Path | None, as_json: bool) -> None:
-    """Load a quarter, half and all of a model's blocks, each in a fresh process, and compare with their size.
+    """What a server reads and holds for its share of a model.
 
+    Loads a quarter, half and all of the model's blocks, each in a fresh process, and compares with their size.
     Without --model a random Llama of 1.3 GB is written to a temporary directory.
     """
     from dataclasses import asdict
