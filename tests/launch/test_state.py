@@ -72,5 +72,5 @@ def test_what_is_given_wins_over_the_environment_and_that_over_the_file(monkeypa
 def test_a_damaged_file_is_an_error_that_names_it(file: Path, text: str) -> None:
     remember(ME)
     file.write_text(text)
-    with pytest.raises(UsageError, match="running.json"):
+    with pytest.raises(UsageError, match=r"running\.json"):
         find()

@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.spec.ids import BlockRange
-from shoal.swarm.admission import PAGE_TOKENS, CachePool, pages_for
 from shoal.swarm.serving import Emit, Serving, ServingConfig, Work
 from shoal.wire import messages as msg
 
@@ -86,26 +85,3 @@ def test_a_session_opened_anew_ignores_the_batch_of_its_earlier_life() -> None:
     serving.on_open("driver", msg.Open(SESSION, 2, "toy", 2, 8, 1, ROWS, "f32", None), 0.0)
     assert serving.on_computed(works, [work.payload for work in works], 0.0) == []
     assert serving.position(SESSION) == 0
-
-
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 80)), max_size=60))
-def test_the_cache_pool_never_gives_more_than_it_has_and_gets_all_back(events: list[tuple[int, int]]) -> None:
-    """(session, tokens): reserve, or release for 0 tokens."""
-    pool = CachePool(10 * PAGE_TOKENS + 3)
-    held: dict[bytes, int] = {}
-    for number, tokens in events:
-        session = bytes([number])
-        if tokens == 0:
-            pool.release(session, 1.0)
-            held.pop(session, None)
-            continue
-        others = sum(pages for other, pages in held.items() if other != session)
-        fits = others + pages_for(tokens) <= 10
-        assert pool.reserve(session, tokens) == fits
-        if fits:
-            held[session] = pages_for(tokens)
-        assert pool.free_pages == 10 - sum(held.values())
-        assert 0.5 <= pool.retry_after_s() <= 30.0
-    for session in list(held):
-        pool.release(session)
-    assert pool.free_pages == pool.total_pages == 10
