@@ -136,8 +136,10 @@ class Relay:
         if not self.frozen:
             writer.close()
 
-    def cut(self) -> None:
-        for writer in self._writers:
+    def cut(self, connection: int | None = None) -> None:
+        """Cut one connection, counted from 0 in the order in which they came, or all."""
+        both_ends = self._writers if connection is None else self._writers[2 * connection : 2 * connection + 2]
+        for writer in both_ends:
             writer.transport.abort()
 
     async def close(self) -> None:

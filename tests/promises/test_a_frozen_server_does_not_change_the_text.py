@@ -1,0 +1,33 @@
+"""SIGSTOP in the middle of an answer: the process is there, its connections stand, and nothing comes out of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+import pytest
+from support.disturbed import ALONE, check_text_survives
+from support.reference import Reference
+from support.swarm import Swarm, until
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_of_an_answer_under_way(swarm: Swarm, reference: Reference, stage: int) -> None:
+    frozen: list[int] = []
+
+    def freeze(server: dict[str, Any]) -> None:
+        frozen.append(server["pid"])
+        os.kill(server["pid"], signal.SIGSTOP)
+
+    try:
+        # Only silence can tell: nothing was closed.
+        assert check_text_survives(swarm, reference, ALONE, stage, freeze) <= {"silent", "link"}
+    finally:
+        for pid in frozen:
+            os.kill(pid, signal.SIGCONT)
+    # Once it runs again, it is a server like any other, without the sessions that have moved away.
+    until(lambda: frozen[0] in {server["pid"] for server in swarm.servers(stage)}, "the frozen server is back")
+    until(lambda: not any(server["sessions"] for server in swarm.servers(stage)), "its old sessions are gone")
