@@ -81,6 +81,8 @@ async def _main(options: Options) -> None:
 
 async def _serve(options: Options, seed: Seed, transport: TlsTransport, node: str) -> None:
     """Load both ends of the model, give out the blocks, answer HTTP until cancelled."""
+    import gc
+
     import torch
 
     from shoal.client.driver import Driver, DriverConfig
@@ -140,6 +142,7 @@ async def _serve(options: Options, seed: Seed, transport: TlsTransport, node: st
     app = create_app({options.name: model}, accounts, ready=ready, status=model.status, metrics=metrics)
     try:
         async with serve(app, "127.0.0.1", options.port) as listening:
+            gc.freeze()  # as in server_process.py
             output.answer_json({"api": f"{listening.url}/v1", "key": key})
             await asyncio.Event().wait()  # until cancelled
     finally:

@@ -33,6 +33,8 @@ def server_process(
     exact: bool,
 ) -> None:
     """Host some blocks of a model (started by `shoal up`)."""
+    import gc
+
     import torch
 
     from shoal.cli import process
@@ -60,8 +62,12 @@ def server_process(
     async def main() -> None:
         server = BlockServer(config, identity.peer.node, TlsTransport(identity))
         process.on_stop(server.stop)
-        await server.run(
-            on_online=lambda hosted: output.answer_json({"id": identity.peer.node, "blocks": str(hosted)}),
-        )
+        await server.run(on_online=announce)
+
+    def announce(hosted: BlockRange) -> None:
+        # Hundreds of thousands of objects of the libraries will live as long as the process: a collection that walks
+        # through all of them would hold up a step for a tenth of a second.
+        gc.freeze()
+        output.answer_json({"id": identity.peer.node, "blocks": str(hosted)})
 
     process.run(main())

@@ -50,6 +50,8 @@ def _show(found: dict[str, Any], explain: bool) -> None:
     if explain:
         output.answer("\nWhy:")
         for line in found["explain"]:
+            for server in found["servers"]:
+                line = line.replace(server["id"], server["id"][:8])
             output.answer(f"  {line}")
         for server in found["servers"]:
             memory = show_bytes(server["memory_bytes"])

@@ -133,13 +133,26 @@ def _announce(swarm: object, as_json: bool) -> None:
     output.answer(f"\nThe swarm answers: {name} on {len(swarm.servers)} servers\n")
     for server in swarm.servers:
         output.answer(f"  blocks {server.blocks:<7} server {server.id[:8]}   pid {server.pid}")
-    body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "What is a table?"}}], "stream": true}}'
+    body = (
+        f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Who are you?"}}],'
+        ' "temperature": 0, "stream": true}'
+    )
+    program = _program()
     output.answer(
         f"\n  endpoint  {swarm.api}\n  key       {swarm.key}\n\nTry it from another terminal:\n\n"
         f"  curl -N {swarm.api}/chat/completions -H 'Authorization: Bearer {swarm.key}' \\\n"
         f"    -H 'Content-Type: application/json' -d '{body}'\n\n"
-        'or: shoal generate --prompt "A list is", shoal status.  Ctrl-C stops everything.\n'
+        f'or: {program} generate --prompt "In SQLite, a"\n    {program} status\n\nCtrl-C stops everything.\n'
     )
+
+
+def _program() -> str:
+    """What starts shoal here, so that a line can be copied: `make up` calls .venv/bin/shoal, which is on nobody's path."""
+    import shutil
+    import sys
+
+    called = sys.argv[0]
+    return called if called.endswith("/shoal") and called != shutil.which("shoal") else "shoal"
 
 
 async def _watch(swarm: object, stopping: object) -> int:

@@ -48,6 +48,7 @@ from shoal.compute.anatomy import (
     text_config,
 )
 from shoal.compute.hybrid import HybridStageCache
+from shoal.compute.shortcut import embedding_table, norm_and_head
 from shoal.errors import CannotSplit, ModelError, UsageError
 from shoal.spec.ids import BlockRange
 
@@ -277,6 +278,10 @@ class Ends:
         self.device: torch.device = embedding.device
         self._takes_position_ids = "position_ids" in inspect.signature(anatomy.decoder.forward).parameters
         self._doorway.returned = self._find_return_form()
+        self._table = embedding_table(
+            model, self._until_layers, vocab_size=self.vocab_size, context_length=self.context_length
+        )
+        self._direct = norm_and_head(model, self._decoder, self._after_layers, hidden_size=self.hidden_size)
 
     @classmethod
     def from_model(cls, model: PreTrainedModel) -> Ends:
@@ -289,6 +294,13 @@ class Ends:
 
     def embed(self, ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """The hidden state that enters layer 0. ids [B, T], position_ids [B, T] -> [B, T, H]."""
+        if self._table is not None:
+            hidden: torch.Tensor = self._table(ids)
+            return hidden
+        return self._until_layers(ids, position_ids)
+
+    def _until_layers(self, ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """`embed` by the family's own forward."""
         batch, length = ids.shape
         # One token per sequence: every row stands for itself, and no mask over T x T positions is made for nothing.
         arguments: dict[str, Any] = {"input_ids": ids.reshape(-1, 1), "use_cache": False}
@@ -303,10 +315,12 @@ class Ends:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Final norm, head, logit scale and softcap of the family. hidden [B, T, H] -> [B, T, V]."""
         batch, length, _ = hidden.shape
-        return self._after_layers(hidden.reshape(batch * length, 1, -1)).reshape(batch, length, -1)
+        rows = hidden.reshape(batch * length, 1, -1)
+        logits = self._after_layers(rows) if self._direct is None else self._direct(rows)
+        return logits.reshape(batch, length, -1)
 
     def _after_layers(self, rows: torch.Tensor) -> torch.Tensor:
-        """rows [N, 1, H] -> [N, 1, V]."""
+        """`logits` by the family's own forward. rows [N, 1, H] -> [N, 1, V]."""
         # The forward wants embeddings to learn shape, dtype and device; positions it makes up itself.
         embeddings = torch.zeros_like(rows)
         self._doorway.outgoing = rows
