@@ -147,7 +147,7 @@ def _announce(swarm: object, as_json: bool) -> None:
 
 
 def _program() -> str:
-    """What starts shoal here, so that a line can be copied: `make up` calls .venv/bin/shoal, which is on nobody's path."""
+    """How to call shoal here, so that printed lines can be copied: `make up` runs .venv/bin/shoal, on nobody's path."""
     import shutil
     import sys
 

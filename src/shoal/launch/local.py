@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import tempfile
@@ -57,6 +58,7 @@ class LocalSwarm:
     """Use as an async context manager: entering starts everything and waits until it answers, leaving stops it."""
 
     def __init__(self, plan: SwarmPlan, *, on_progress: Callable[[str], None] = lambda text: None) -> None:
+        _check_spans(plan)
         self.plan = plan
         self.api = ""
         self.key = ""
@@ -174,6 +176,23 @@ class LocalSwarm:
         await asyncio.gather(*(child.stop(grace_s=5.0) for child in servers))
         if self._own_dir and not failed:
             shutil.rmtree(self.swarm_dir, ignore_errors=True)
+
+
+def _check_spans(plan: SwarmPlan) -> None:
+    """Refuse more spans than the model has blocks before that many processes are started.
+
+    Only a look at the configuration. What is wrong with a file that cannot be read, and where a family may be cut, the
+    gateway says."""
+    try:
+        config = json.loads((plan.model_dir / "config.json").read_text())
+        blocks = config.get("num_hidden_layers") or config.get("text_config", {}).get("num_hidden_layers")
+    except (OSError, ValueError, AttributeError):
+        return
+    if isinstance(blocks, int) and plan.servers > blocks:
+        raise UsageError(
+            f"{plan.model_name} has {blocks} blocks, so it cannot be cut into {plan.servers} spans.",
+            hint=f"Use --servers {blocks} or fewer; --replicas starts more servers for every span.",
+        )
 
 
 def available_memory() -> int:
