@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor
@@ -250,3 +252,15 @@ def test_a_stage_in_bf16_is_packed_too() -> None:
     engine.open(b"a", BLOCKS, max_tokens=16)
     assert engine.run([Work(b"a", 0, 2)], random_rows(2)).dtype == torch.bfloat16
     assert engine.kv_bytes_per_token == 4 * 2 * (16 + 16) * 2
+
+
+def test_engines_of_two_threads_may_run_at_the_same_time(stage: Stage) -> None:
+    """Two servers in one process, as in tests and notebooks."""
+    hidden = random_rows(5)
+    engine = BlockEngine(stage)
+    engine.open(b"s", BLOCKS, 16)
+    under_way = packed.PackedStep([], packed.MaskRules())
+    with packed.packed_step(under_way), ThreadPoolExecutor(1) as other:
+        out = other.submit(engine.run, [Work(b"s", 0, 5)], hidden).result()
+    torch.testing.assert_close(out, alone(stage, hidden), atol=1e-5, rtol=0)
+    assert engine.packed

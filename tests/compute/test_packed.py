@@ -150,6 +150,6 @@ def test_the_context_belongs_to_one_step_and_is_gone_after_it() -> None:
         packed_step(PackedStep([], MaskRules())),
     ):
         pass
-    assert packed._current is None
+    assert packed._current.get() is None
     with pytest.raises(RuntimeError):
         attend(Layer(), *torch.zeros(3, 1, 2, 1, 4), None)

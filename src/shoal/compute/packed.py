@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -178,20 +179,19 @@ class PassThroughCache(Cache):
     update_conv_state = update_recurrent_state = get_conv_state = get_recurrent_state = update_indexer = _refuse
 
 
-_current: PackedStep | None = None
+_current: ContextVar[PackedStep | None] = ContextVar("the packed step of this thread", default=None)
 
 
 @contextmanager
 def packed_step(step: PackedStep) -> Iterator[PackedStep]:
-    """Make `step` the one that `attend` serves, for one forward of the single compute thread."""
-    global _current
-    if _current is not None:
-        raise RuntimeError("A packed step is running already: the block engine belongs to one compute thread.")
-    _current = step
+    """Make `step` the one that `attend` serves, for one forward of this thread. Engines in other threads go on."""
+    if _current.get() is not None:
+        raise RuntimeError("A packed step is running in this thread already.")
+    token = _current.set(step)
     try:
         yield step
     finally:
-        _current = None
+        _current.reset(token)
 
 
 def attend(
@@ -210,7 +210,7 @@ def attend(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """The attention function: query [1, H, R, K], key [1, G, R, K], value [1, G, R, V] -> ([1, R, H, V], None)."""
-    step = _current
+    step = _current.get()
     if step is None:
         raise RuntimeError("The packed attention function was called outside of a step of the block engine.")
     step.attended += 1
@@ -348,7 +348,7 @@ def mark(
     **_: Any,
 ) -> Tensor:
     """The mask function: builds nothing, returns the marker of the rule that says which keys a row sees."""
-    step = _current
+    step = _current.get()
     if step is None:
         raise RuntimeError("The packed mask function was called outside of a step of the block engine.")
     padded = attention_mask is not None and not bool(attention_mask.all())
