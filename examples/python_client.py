@@ -23,11 +23,11 @@ from shoal.client.served import load_tokenizer
 from shoal.compute.facts import describe
 from shoal.compute.head import HeadEngine
 from shoal.compute.split import build_ends
-from shoal.compute.worker import Worker
 from shoal.launch.local import LocalSwarm, SwarmPlan
 from shoal.net.directory import Directory
 from shoal.net.identity import Authority, issue_node
 from shoal.net.tls import TlsTransport
+from shoal.net.worker import Worker
 from shoal.spec.sampling import SamplingParams
 from shoal.swarm.routing import missing_blocks
 
@@ -69,7 +69,7 @@ async def join(stack: AsyncExitStack, swarm: LocalSwarm, model_dir: Path) -> Dri
     transport = TlsTransport(identity)
     directory = Directory(identity.peer.node, on_change=lambda: driver.view_changed())
     facts = describe(model_dir)
-    worker = Worker("head")
+    worker = Worker("head", lambda: torch.set_num_threads(1))
     stack.callback(worker.close)
     driver = Driver(
         facts,

@@ -15,11 +15,11 @@ from shoal.client.driver import Driver
 from shoal.compute.facts import describe
 from shoal.compute.head import HeadEngine
 from shoal.compute.split import build_ends
-from shoal.compute.worker import Worker
 from shoal.net.identity import NodeIdentity, create_ca, issue_node
 from shoal.net.seed import Seed
 from shoal.net.tls import TlsTransport
 from shoal.net.transport import Address, Conn, Listener, OnConn
+from shoal.net.worker import Worker
 from shoal.server.node import BlockServer, ServerConfig
 from shoal.spec.ids import BlockRange
 from shoal.spec.sampling import SamplingParams
@@ -89,7 +89,7 @@ class Driven:
         self.wire = Wire(identity)
         self._seed = Seed(identity.peer.node)
         self._listener = await self.wire.listen("tcp://127.0.0.1:0", self._seed.on_conn)
-        self._worker = Worker("head")
+        self._worker = Worker("head", lambda: torch.set_num_threads(1))
         self.driver = Driver(
             describe(self._model_dir),
             HeadEngine(build_ends(self._model_dir, dtype=torch.float32)),

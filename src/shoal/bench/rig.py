@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -14,11 +15,11 @@ from shoal.client.driver import Driver, DriverConfig
 from shoal.compute.facts import describe
 from shoal.compute.head import HeadEngine
 from shoal.compute.split import build_ends
-from shoal.compute.worker import Worker
 from shoal.launch.children import Child
 from shoal.net.identity import create_ca, issue_node
 from shoal.net.seed import Seed
 from shoal.net.tls import TlsListener, TlsTransport
+from shoal.net.worker import Worker
 from shoal.spec.ids import BlockRange
 from shoal.swarm.session import Recovered
 
@@ -43,7 +44,7 @@ class Rig:
         transport = TlsTransport(identity)
         self.seed = Seed(identity.peer.node)
         self._listener: TlsListener = await transport.listen("tcp://127.0.0.1:0", self.seed.on_conn)
-        self._worker = Worker("head")
+        self._worker = Worker("head", partial(torch.set_num_threads, 1))
         self.driver = Driver(
             self.facts,
             HeadEngine(build_ends(self.model_dir, dtype=self.dtype)),

@@ -82,6 +82,7 @@ async def _main(options: Options) -> None:
 async def _serve(options: Options, seed: Seed, transport: TlsTransport, node: str) -> None:
     """Load both ends of the model, give out the blocks, answer HTTP until cancelled."""
     import gc
+    from functools import partial
 
     import torch
 
@@ -90,16 +91,16 @@ async def _serve(options: Options, seed: Seed, transport: TlsTransport, node: st
     from shoal.compute.facts import describe
     from shoal.compute.head import HeadEngine
     from shoal.compute.split import build_ends
-    from shoal.compute.worker import Worker
     from shoal.gateway.accounts import Accounts
     from shoal.gateway.app import create_app
     from shoal.gateway.metrics import Metrics
     from shoal.gateway.served import ReadyState
     from shoal.gateway.server import serve
     from shoal.net.coordinator import assign_blocks
+    from shoal.net.worker import Worker
     from shoal.swarm.placement import ModelNeeds
 
-    worker = Worker("head")
+    worker = Worker("head", partial(torch.set_num_threads, 1))
     dtype: torch.dtype = getattr(torch, options.dtype)
     facts = await worker.call(describe, options.model)
     tokenizer = await worker.call(load_tokenizer, options.model)

@@ -47,6 +47,7 @@ def _show(found: dict[str, Any], explain: bool) -> None:
         f"\n{driver['running']} running, {driver['sessions']} sessions so far, {driver['tokens']} tokens"
         + (f"; lost servers replaced: {losses}; last gap {driver['last_stall_ms']:.0f} ms" if losses else "")
     )
+    _show_wire(found)
     if explain:
         output.answer("\nWhy:")
         for line in found["explain"]:
@@ -56,6 +57,20 @@ def _show(found: dict[str, Any], explain: bool) -> None:
         for server in found["servers"]:
             memory = show_bytes(server["memory_bytes"])
             output.answer(f"  {server['id'][:8]} offers {memory} and computes in {server['dtype']}")
+
+
+def _show_wire(found: dict[str, Any]) -> None:
+    """How activations travel, and what that costs in accuracy, measured on what was really sent."""
+    driver = found["driver"]
+    errors = [driver["wire_error"], *(server["wire_error"] for server in found["servers"])]
+    same = {"float32": "f32", "bfloat16": "bf16"}
+    if all(same.get(server["dtype"]) == driver["wire"] for server in found["servers"]):
+        cost = "as they are computed, without loss"
+    elif any(errors):
+        cost = f"with a relative error of at most {max(errors):.2%} per link, measured"
+    else:
+        cost = "with a loss that the first request will show"
+    output.answer(f"activations travel as {driver['wire']}, {cost}")
 
 
 def _start(server: dict[str, Any]) -> int:

@@ -26,15 +26,16 @@ from shoal.compute.activations import to_numpy, to_torch
 from shoal.compute.facts import ModelFacts
 from shoal.compute.head import HeadEngine
 from shoal.compute.sampling import Sampler
-from shoal.compute.worker import Worker
 from shoal.errors import ContextTooLong, ShoalError
 from shoal.net.directory import Directory
 from shoal.net.transport import Transport
+from shoal.net.worker import Worker
 from shoal.spec.sampling import Sampled, SamplingParams
 from shoal.swarm.session import Recovered, SessionConfig
 from shoal.wire import messages as msg
 from shoal.wire import rows as wire_rows
 from shoal.wire import tensors
+from shoal.wire.encoder import Encoder
 
 log = logging.getLogger("shoal.client")
 
@@ -92,6 +93,7 @@ class Driver:
         self._head = head
         self._config = config or DriverConfig()
         self._worker = worker
+        self._encoder = Encoder()
         self.sessions = Sessions(
             facts.name,
             facts.num_blocks,
@@ -246,8 +248,7 @@ class Driver:
 
     def _embed(self, ids: Sequence[int], positions: Sequence[int]) -> wire_rows.Rows:
         hidden = self._head.embed(ids, positions)
-        tensor, buffers = tensors.encode(to_numpy(hidden), self._config.wire)
-        return wire_rows.Rows(tensor.dtype, tensor.width, tensor.rows, buffers[0])
+        return self._encoder.encode(to_numpy(hidden), self._config.wire)
 
     def _choose(
         self, rows: Sequence[wire_rows.Rows], samplers: Sequence[Sampler], positions: Sequence[int]
@@ -277,6 +278,8 @@ class Driver:
             "sessions": counters.opened,
             "tokens": self.tokens,
             "failovers": dict(counters.failovers),
+            "wire": self._config.wire,
+            "wire_error": self._encoder.error,
             "replayed_rows": counters.replayed_rows,
             "last_stall_ms": round(counters.last_stall_s * 1e3, 1),
             "rtt_ms": {node: round(ms, 3) for node, ms in self.sessions.rtts_ms().items()},

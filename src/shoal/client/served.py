@@ -111,4 +111,5 @@ def _describe(record: Record) -> dict[str, Any]:
         "queue_rows": record.queue_rows,
         "sessions": record.sessions,
         "labels": list(record.labels),
+        "wire_error": record.wire_error,
     }

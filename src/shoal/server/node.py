@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,12 @@ import torch
 from shoal.compute import engine as compute
 from shoal.compute.activations import to_numpy, to_torch
 from shoal.compute.facts import ModelFacts, describe
-from shoal.compute.worker import Worker
 from shoal.errors import NotFinite, ShoalError
 from shoal.net.directory import LEASE_S, Directory
 from shoal.net.link import Link
 from shoal.net.outbox import Outbox
 from shoal.net.transport import Conn, Transport
+from shoal.net.worker import Worker
 from shoal.server import probe
 from shoal.server.loader import Loaded, load
 from shoal.spec.ids import BlockRange
@@ -37,6 +38,7 @@ from shoal.swarm.estimates import Speed
 from shoal.wire import messages as msg
 from shoal.wire import rows as wire_rows
 from shoal.wire import tensors
+from shoal.wire.encoder import Encoder
 
 log = logging.getLogger("shoal.server")
 
@@ -77,10 +79,11 @@ class BlockServer:
         self._directory = Directory(node)
         self._device = torch.device(config.device)
         self._facts: ModelFacts | None = None
-        self._worker = Worker("compute", threads=config.threads)
+        self._worker = Worker("compute", partial(torch.set_num_threads, config.threads))
         self._engine: compute.BlockEngine | None = None
         self._serving: decide.Serving | None = None
         self._speed = Speed(0.0, 0.0)
+        self._encoder = Encoder()
         self._assigned: asyncio.Future[msg.Assign] = asyncio.get_running_loop().create_future()
         self._running: list[decide.Work] = []
         """The batch in the compute thread now."""
@@ -213,6 +216,7 @@ class BlockServer:
             cache_tokens_total=serving.pool.total_tokens,
             queue_rows=serving.queue_rows,
             sessions=serving.sessions,
+            wire_error=self._encoder.error,
             **fields,
         )
 
@@ -379,8 +383,7 @@ class BlockServer:
         for work in works:
             kind = work.payload.dtype
             if kind not in encoded:
-                tensor, buffers = tensors.encode(array, kind)
-                encoded[kind] = wire_rows.Rows(kind, tensor.width, tensor.rows, buffers[0])
+                encoded[kind] = self._encoder.encode(array, kind)
             outputs.append(encoded[kind][at : at + work.item.rows])
             at += work.item.rows
         return outputs, (time.perf_counter() - start) * 1e3

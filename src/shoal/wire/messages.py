@@ -217,6 +217,8 @@ class Record(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     """Rows waiting for compute when the record was written."""
     sessions: Count
     labels: Annotated[list[NameText], Meta(max_length=16)] = []
+    wire_error: Annotated[float, Meta(ge=0.0, le=1e9)] = 0.0
+    """What the wire format cost lately: ||sent - computed|| / ||computed|| of one batch's outputs, 0 when lossless."""
 
 
 class Sync(_Message, frozen=True, tag=30):

@@ -14,9 +14,7 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-import torch
-
-log = logging.getLogger("shoal.compute")
+log = logging.getLogger("shoal.worker")
 
 T = TypeVar("T")
 Done = Callable[[Any, BaseException | None], None]
@@ -26,11 +24,11 @@ Done = Callable[[Any, BaseException | None], None]
 class Worker:
     """Runs functions one after the other in a thread of its own. Made and used inside a running event loop."""
 
-    def __init__(self, name: str, *, threads: int = 1) -> None:
-        """`threads`: how many threads one torch operation may use."""
+    def __init__(self, name: str, begin: Callable[[], None]) -> None:
+        """`begin` runs first in the thread: it sets how many threads the numerical library may use there."""
         self._loop = asyncio.get_running_loop()
         self._jobs: SimpleQueue[tuple[Callable[..., Any], tuple[Any, ...], Done] | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._run, args=(threads,), name=name, daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(begin,), name=name, daemon=True)
         self._thread.start()
 
     def submit(self, function: Callable[..., Any], *args: Any, done: Done) -> None:
@@ -60,8 +58,8 @@ class Worker:
         """Let the thread end after what is queued. Does not wait: a long batch must not hold up a leaving process."""
         self._jobs.put(None)
 
-    def _run(self, threads: int) -> None:
-        torch.set_num_threads(threads)
+    def _run(self, begin: Callable[[], None]) -> None:
+        begin()
         while (job := self._jobs.get()) is not None:
             function, args, done = job
             result, error = None, None
