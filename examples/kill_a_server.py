@@ -43,7 +43,7 @@ class Answer:
 
 async def main() -> int:
     print("Starting 4 servers: 2 for each half of the demo model ...", flush=True)
-    # exact: fp32 numbers that do not depend on how rows are grouped, so a rebuilt cache holds the very same bits.
+    # exact: a row's fp32 numbers do not depend on the rows that happen to be computed beside it.
     plan = SwarmPlan(demo_model(), "shoal-demo", servers=2, replicas=2, exact=True)
     async with (
         LocalSwarm(plan) as swarm,

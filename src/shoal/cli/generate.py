@@ -11,9 +11,15 @@ from shoal.cli import output
 
 @click.command("generate")
 @click.option("--prompt", required=True, help="Text to continue.")
-@click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Stop here.")
 @click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Draw from the likeliest tokens that have this share together.",
+)
 @click.option("--seed", type=int, default=None, help="Makes sampling repeatable.")
 @click.option("--model", default=None, help="Default: the only model that is served.")
 @click.option("--api", default=None, help="Base URL; default: SHOAL_API, else the running `shoal up`.")

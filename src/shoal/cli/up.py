@@ -14,7 +14,13 @@ from shoal.cli import output
 @click.option("--servers", type=int, default=3, show_default=True, help="Spans the model is cut into.")
 @click.option("--replicas", type=int, default=1, show_default=True, help="Servers for every span.")
 @click.option("--port", type=int, default=0, help="Port of the API; default: any free one.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="How numbers are held and computed; bfloat16 takes half the memory.",
+)
 @click.option(
     "--wire",
     type=click.Choice(["auto", "f32", "bf16", "int8"]),
