@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support.disturbed import ALONE, check_text_survives
 from support.reference import Reference
-from support.swarm import Swarm, until
+from support.swarm import Swarm
 
 pytestmark = pytest.mark.slow
 
@@ -23,11 +23,8 @@ def test_of_an_answer_under_way(swarm: Swarm, reference: Reference, stage: int) 
         os.kill(server["pid"], signal.SIGSTOP)
 
     try:
-        # Only silence can tell: nothing was closed.
+        # Only silence can tell, of the server or of the link to it: nothing was closed.
         assert check_text_survives(swarm, reference, ALONE, stage, freeze) <= {"silent", "link"}
     finally:
         for pid in frozen:
-            os.kill(pid, signal.SIGCONT)
-    # Once it runs again, it is a server like any other, without the sessions that have moved away.
-    until(lambda: frozen[0] in {server["pid"] for server in swarm.servers(stage)}, "the frozen server is back")
-    until(lambda: not any(server["sessions"] for server in swarm.servers(stage)), "its old sessions are gone")
+            os.kill(pid, signal.SIGKILL)

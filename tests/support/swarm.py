@@ -93,7 +93,8 @@ class Process:
         return line.decode()
 
     def rest(self) -> str:
-        """Everything else it prints until it has ended."""
+        """Everything else it prints until it has ended by itself."""
+        self.popen.wait(PATIENCE_S)  # before its standard input is closed, which tells a server to stop
         return self.popen.communicate(timeout=PATIENCE_S)[0].decode()
 
     def signal(self, number: int) -> None:

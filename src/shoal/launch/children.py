@@ -26,12 +26,18 @@ ENVIRONMENT = {
     "THP_MEM_ALLOC_ENABLE": "1",
 }
 _TAIL_BYTES = 4000
+_ERROR, _HINT = "error: ", "hint: "
+"""How cli/output.py begins the two lines that tell an error."""
 
 
 class ChildFailed(ShoalError):
-    """A process of the swarm ended before it was ready."""
+    """A process of the swarm ended before it was ready. Its exit code is passed on when it said why it ended."""
 
     code = "child_failed"
+
+    def __init__(self, message: str, *, hint: str = "", exit_code: int = 1) -> None:
+        super().__init__(message, hint=hint)
+        self.exit_code = exit_code
 
 
 class Child:
@@ -75,13 +81,18 @@ class Child:
             error = value["error"]
             raise ChildFailed(f"{self.name}: {error['message']}", hint=error.get("hint", ""))
         code = await self.process.wait()
-        raise ChildFailed(f"{self.name} ended with exit code {code} before it was ready.", hint=self._last_words())
+        lines = self._last_lines()
+        errors = [at for at, line in enumerate(lines) if line.startswith(_ERROR)]
+        if code > 0 and errors and len(lines) - errors[-1] <= 2:  # the two lines with which every command ends
+            hint = lines[-1].removeprefix(_HINT) if lines[-1].startswith(_HINT) else ""
+            raise ChildFailed(f"{self.name}: {lines[errors[-1]].removeprefix(_ERROR)}", hint=hint, exit_code=code)
+        words = "Its log ends with:\n" + "\n".join(lines[-8:]) if lines else f"Its log {self.log} is empty."
+        raise ChildFailed(f"{self.name} ended with exit code {code} before it was ready.", hint=words)
 
-    def _last_words(self) -> str:
+    def _last_lines(self) -> list[str]:
         with self.log.open("rb") as stream:
             stream.seek(max(0, self.log.stat().st_size - _TAIL_BYTES))
-            lines = stream.read().decode(errors="replace").strip().splitlines()
-        return "Its log ends with:\n" + "\n".join(lines[-8:]) if lines else f"Its log {self.log} is empty."
+            return stream.read().decode(errors="replace").strip().splitlines()
 
     async def stop(self, grace_s: float) -> None:
         """SIGTERM, and SIGKILL after grace_s."""
