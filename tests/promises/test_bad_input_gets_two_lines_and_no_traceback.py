@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from support.swarm import DEMO, Process, Swarm
 
+from shoal.wire.messages import PROTOCOL_VERSION
+
 pytestmark = pytest.mark.slow
 
 
@@ -81,6 +83,16 @@ def test_blocks_outside_the_model(swarm: Swarm) -> None:
     assert server.popen.returncode == 2
     assert "4:99" in error
     assert "8" in error + hint
+
+
+def test_another_protocol_version(swarm: Swarm) -> None:
+    server = swarm.join("0:4", "support.other_version")
+    server.rest()
+    error, hint = last_two_lines(server)
+    assert server.popen.returncode == 4
+    assert f"protocol version {PROTOCOL_VERSION + 1}, this side speaks {PROTOCOL_VERSION}" in error
+    assert "version of shoal" in hint
+    assert len(swarm.servers()) == len(swarm.told["servers"]), "it never was a server of this swarm"
 
 
 @pytest.fixture

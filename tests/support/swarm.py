@@ -157,14 +157,14 @@ class Swarm:
         assert found is not None
         return found
 
-    def join(self, blocks: str) -> Process:
+    def join(self, blocks: str, module: str = "shoal") -> Process:
         """One more server, started with the command line of those that `up` starts, but with a certificate of its own
-        and told which blocks to host."""
+        and told which blocks to host; `module` runs it."""
         identity = issue_node(Authority.load(self.dir / "ca"), "server")
         node = f"joined-{len(self._joined)}"
         (self.dir / "nodes" / node).mkdir()
         identity.save(self.dir / "nodes" / node)
-        command = self._command[self._command.index("-m") + 1 :]
+        command = [module, *self._command[self._command.index("-m") + 2 :]]
         command[command.index("--node") + 1] = node
         process = Process(self._folder, *command, "--blocks", blocks)
         self._joined.append(process)

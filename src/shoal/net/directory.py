@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
+from shoal.errors import Refused
 from shoal.net.link import Link
 from shoal.net.transport import Transport
 from shoal.swarm.view import View
@@ -20,6 +21,10 @@ from shoal.wire.messages import Message, Record, Sync
 ROUND_S = 1.0
 LEASE_S = 5.0
 """Five rounds: a node is gone from the registry five seconds after its last word. Routing does not wait for that."""
+
+REFUSALS = 3
+"""Refused this often in a row, by every seed, a node is no part of the swarm. Not once: a seed that is just being
+stopped may hang up before its greeting, which looks the same."""
 
 
 class Directory:
@@ -64,13 +69,21 @@ class Directory:
         return {record.node: (record.state, record.span) for record in self.view.live(now)}
 
     async def rounds(self, transport: Transport, seeds: Sequence[str], on_message: Callable[..., None]) -> None:
-        """Sync with every seed (an address "tcp://host:port") for ever; a lost seed is dialled again each round.
+        """Sync with every seed (an address "tcp://host:port") for ever; a lost seed is dialled again each round, since
+        nothing else depends on it.
 
-        Messages other than Sync that a seed sends (Assign) go to on_message(node, message, body).
+        Messages other than Sync that a seed sends (Assign) go to on_message(node, message, body). Raises Refused when
+        no seed lets this node in: its certificate or its protocol version is not theirs.
         """
         links: dict[str, Link] = {}
+        refused: dict[str, list[str]] = {}
+
+        def lost(node: str, cause: str, text: str) -> None:
+            if cause == Refused.code:
+                refused.setdefault(node, []).append(text)
 
         def heard(node: str, message: Message, body: memoryview) -> None:
+            refused.pop(node, None)
             if isinstance(message, Sync):
                 answer = self.on_sync(message)
                 if answer is not None:
@@ -80,11 +93,16 @@ class Directory:
 
         try:
             while True:
+                if seeds and all(len(refused.get(seed, ())) >= REFUSALS for seed in seeds):
+                    raise Refused(
+                        f"This node is not let into the swarm at {', '.join(seeds)}: {refused[seeds[0]][-1]}",
+                        hint="Its certificate must be of that swarm, and its version of shoal the same.",
+                    )
                 for seed in seeds:
                     link = links.get(seed)
                     if link is None or link.lost:
                         link = links[seed] = Link(
-                            transport, seed, [seed], on_message=heard, on_lost=_ignore, expect_node=False
+                            transport, seed, [seed], on_message=heard, on_lost=lost, expect_node=False
                         )
                     link.send(self.view.sync())
                 self._changed.clear()
@@ -97,7 +115,3 @@ class Directory:
         finally:
             for link in links.values():
                 await link.close()
-
-
-def _ignore(node: str, cause: str, text: str) -> None:
-    """A lost seed is dialled again in the next round; nothing else depends on it."""
