@@ -12,7 +12,7 @@ import logging
 import random
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from shoal.errors import ProtocolError, ShoalError
@@ -31,6 +31,9 @@ log = logging.getLogger("shoal.client")
 TICK_S = 0.05
 SUSPECT_S = 3.0
 """How long a server whose connection broke is avoided; the registry knows better after that."""
+FRAME_BYTES = 16 * 1024 * 1024
+"""Steps that leave together share frames of about this size. The replay of one long session alone may take more than a
+frame may hold (wire.messages.MAX_BODY_BYTES)."""
 
 
 @dataclass(slots=True)
@@ -217,8 +220,7 @@ class Sessions:
             link = self._links.get(node)
             if link is None:
                 continue  # lost since: its sessions have heard of it and were planned anew
-            for at in range(0, len(steps), msg.MAX_ITEMS):
-                part = steps[at : at + msg.MAX_ITEMS]
+            for part in _frames(steps):
                 tensor, buffers = wire_rows.join([rows for step in part for rows in step.parts])
                 link.send(msg.Step([step.item for step in part], tensor), buffers)
 
@@ -288,3 +290,18 @@ class Sessions:
     def rtts_ms(self) -> dict[str, float]:
         """Round trip to each connected server."""
         return {node: link.rtt_s * 1e3 for node, link in self._links.items() if link.rtt_s is not None}
+
+
+def _frames(steps: Sequence[decide.Feed]) -> Iterator[list[decide.Feed]]:
+    """The steps in order, cut into what one frame may carry."""
+    part: list[decide.Feed] = []
+    size = 0
+    for step in steps:
+        more = sum(len(rows.data) for rows in step.parts)
+        if part and (len(part) == msg.MAX_ITEMS or size + more > FRAME_BYTES):
+            yield part
+            part, size = [], 0
+        part.append(step)
+        size += more
+    if part:
+        yield part
