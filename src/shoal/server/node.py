@@ -19,12 +19,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from shoal.compute import engine as compute
 from shoal.compute.activations import to_numpy, to_torch
 from shoal.compute.facts import ModelFacts, describe
-from shoal.errors import NotFinite, ShoalError
+from shoal.errors import NotFinite, ProtocolError, ShoalError
 from shoal.net.directory import LEASE_S, Directory
 from shoal.net.link import Link
 from shoal.net.outbox import Outbox
@@ -45,6 +46,8 @@ log = logging.getLogger("shoal.server")
 HOUSEKEEPING_S = 0.5
 _BATCH_ERRORS = (ShoalError, RuntimeError, ValueError, LookupError, MemoryError)
 """What computing a batch may raise because of its sessions' numbers or sizes."""
+_Output = wire_rows.Rows | BaseException
+"""Of one session's part of a batch: the rows to send, or why there are none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,15 +122,16 @@ class BlockServer:
         """Run `work` until it ends, the server is stopped, or gossip fails (which raises)."""
         main = asyncio.create_task(work)
         stop = asyncio.create_task(self._stopping.wait())
-        await asyncio.wait([main, stop, gossip], return_when=asyncio.FIRST_COMPLETED)
-        stop.cancel()
-        if gossip.done():
-            gossip.result()
-        if main.done():
-            main.result()
-        else:
+        try:
+            await asyncio.wait([main, stop, gossip], return_when=asyncio.FIRST_COMPLETED)
+            if gossip.done():
+                gossip.result()
+            if main.done():
+                main.result()
+        finally:
             main.cancel()
-            await asyncio.gather(main, return_exceptions=True)
+            stop.cancel()
+            await asyncio.gather(main, stop, return_exceptions=True)
 
     # --- coming up -------------------------------------------------------------------------------------------
 
@@ -300,7 +304,7 @@ class BlockServer:
 
     def _push_link(self, hop: msg.Hop) -> Link:
         link = self._pushes.get(hop.node)
-        if link is None or link.lost:
+        if link is None:
             link = self._pushes[hop.node] = Link(
                 self._transport,
                 hop.node,
@@ -312,6 +316,7 @@ class BlockServer:
 
     def _on_push_lost(self, node: str, cause: str, text: str) -> None:
         log.info("push link to %s lost: %s", node[:8], text)
+        self._pushes.pop(node, None)
         if self._serving is not None:
             self._perform(self._serving.on_push_lost(node))
 
@@ -347,7 +352,7 @@ class BlockServer:
         if self._running:
             self._worker.submit(self._run, self._running, done=self._on_batch)
 
-    def _on_batch(self, result: tuple[list[wire_rows.Rows], float] | None, error: BaseException | None) -> None:
+    def _on_batch(self, result: tuple[list[_Output], float] | None, error: BaseException | None) -> None:
         """A batch ended: start the next one, then send this one's outputs."""
         serving = self._serving
         assert serving is not None
@@ -355,24 +360,48 @@ class BlockServer:
         now = time.monotonic()
         if result is not None:
             outputs, took_ms = result
-            actions = serving.on_computed(works, outputs, now)
+            done = [(work, out) for work, out in zip(works, outputs, strict=True) if isinstance(out, wire_rows.Rows)]
+            actions = serving.on_computed([work for work, _ in done], [out for _, out in done], now)
             self._kick()  # before sending: the compute thread must not wait for the network
             self._perform(actions)
+            for work, out in zip(works, outputs, strict=True):
+                if isinstance(out, BaseException):
+                    # Its numbers went wrong or memory ran out: this session moves elsewhere, the others go on.
+                    log.error("a step of session %s failed", work.session.hex()[:8], exc_info=out)
+                    self._perform(serving.on_failed([work], _public(out), now))
             rows = sum(work.item.rows for work in works)
             self._speed.measured(rows=rows, blocks=len(serving.config.blocks), took_ms=took_ms)
-        elif isinstance(error, _BATCH_ERRORS):
-            # The numbers went wrong or memory ran out: these sessions move elsewhere, the others go on.
-            log.error("a batch of %d sessions failed", len(works), exc_info=error)
-            self._perform(serving.on_failed(works, _public(error), now))
-            self._kick()
         elif not self._broken.done():
             self._broken.set_exception(error or RuntimeError("a batch ended without a result"))
 
-    def _run(self, works: Sequence[decide.Work]) -> tuple[list[wire_rows.Rows], float]:
-        """In the compute thread: received rows -> engine -> rows to send, in the format they came in."""
+    def _run(self, works: Sequence[decide.Work]) -> tuple[list[_Output], float]:
+        """In the compute thread: each session's output, or why there is none. One that fails takes no other along."""
         assert self._engine is not None
         start = time.perf_counter()
-        arrays = [tensors.decode_native(work.payload.tensor, work.payload.data) for work in works]
+        outputs: list[_Output]
+        if self._engine.packed and len(works) > 1:
+            try:
+                outputs = [*self._compute(works)]
+            except _BATCH_ERRORS:
+                # Rows of a packed step are stored by position, so running them again does no harm.
+                outputs = [self._alone(work) for work in works]
+        else:
+            outputs = [self._alone(work) for work in works]
+        return outputs, (time.perf_counter() - start) * 1e3
+
+    def _alone(self, work: decide.Work) -> _Output:
+        assert self._engine is not None
+        try:
+            if self._engine.packed:
+                self._engine.truncate(work.session, work.item.position)
+            return self._compute([work])[0]
+        except _BATCH_ERRORS as error:
+            return error
+
+    def _compute(self, works: Sequence[decide.Work]) -> list[wire_rows.Rows]:
+        """Received rows -> engine -> rows to send, in the format they came in."""
+        assert self._engine is not None
+        arrays = [self._received(work) for work in works]
         hidden = [to_torch(array, self._config.dtype, self._device) for array in arrays]
         batch = [compute.Work(work.session, work.item.position, work.item.rows) for work in works]
         out = self._engine.run(batch, hidden[0] if len(hidden) == 1 else torch.cat(hidden))
@@ -386,7 +415,18 @@ class BlockServer:
                 encoded[kind] = self._encoder.encode(array, kind)
             outputs.append(encoded[kind][at : at + work.item.rows])
             at += work.item.rows
-        return outputs, (time.perf_counter() - start) * 1e3
+        return outputs
+
+    def _received(self, work: decide.Work) -> np.ndarray[Any, Any]:
+        """Raises ProtocolError or NotFinite for rows that do not fit the session or the model."""
+        tensor = work.payload.tensor
+        assert self._facts is not None
+        if (tensor.dtype, tensor.width) != (work.wire, self._facts.hidden_size):
+            raise ProtocolError(
+                f"Rows of {tensor.width} values came as {tensor.dtype};"
+                f" agreed were {self._facts.hidden_size} as {work.wire}."
+            )
+        return tensors.decode_native(tensor, work.payload.data)
 
     async def _housekeeping(self) -> None:
         serving = self._serving
@@ -413,4 +453,8 @@ class BlockServer:
 
 def _public(error: BaseException) -> str:
     """What a driver may know: the kind of failure, no paths and no internals."""
-    return str(error) if isinstance(error, NotFinite) else f"Computing failed on this server ({type(error).__name__})."
+    return (
+        str(error)
+        if isinstance(error, NotFinite | ProtocolError)
+        else f"Computing failed on this server ({type(error).__name__})."
+    )

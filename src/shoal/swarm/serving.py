@@ -87,6 +87,8 @@ class Work:
     generation: int
     item: msg.StepItem
     payload: Payload
+    wire: msg.WireType
+    """The format this session agreed on, for what comes in and what goes out."""
 
 
 @dataclass(slots=True)
@@ -348,7 +350,7 @@ class Serving:
             session.computing = True
             if item.rows == 1:
                 session.decoded_at = now
-            works.append(Work(id, session.generation, item, payload))
+            works.append(Work(id, session.generation, item, payload, session.wire))
         return works
 
     def _decode_limit(self, now: float) -> int:
