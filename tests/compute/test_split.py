@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, Gemma3Config, LlamaConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, Gemma3Config, LlamaConfig, PreTrainedModel
 
 from shoal.compute.anatomy import DEFAULT_CONTEXT
 from shoal.compute.families import LAYERS, SPLIT, random_model, tiny_config
@@ -292,3 +293,17 @@ def test_a_text_model_with_a_picture_model_beside_it_is_cut_like_any_other(tmp_p
 
 def test_every_listed_family_may_be_cut_somewhere() -> None:
     assert all(len(cut_points(tiny_config(family))) > 2 for family in SPLIT)
+
+
+def test_loading_in_several_threads_leaves_the_library_as_it_was(tmp_path: Path) -> None:
+    """transformers swaps functions of the whole process while it builds a model."""
+    random_model("gemma2").save_pretrained(tmp_path)
+
+    def swapped() -> tuple[object, ...]:
+        return PreTrainedModel.tie_weights, torch.linspace, torch.nn.init.normal_, torch.get_default_dtype()
+
+    before = swapped()
+    with ThreadPoolExecutor(4) as threads:
+        for future in [threads.submit(build_ends, tmp_path, dtype=torch.bfloat16) for _ in range(16)]:
+            future.result()
+    assert swapped() == before

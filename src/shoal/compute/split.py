@@ -23,6 +23,7 @@ from shoal.compute.stage import (
     check_range,
     check_splittable,
     cut_points,
+    one_builder,
     token_ids,
 )
 from shoal.compute.weights import Checkpoint, load_into, read_config
@@ -47,15 +48,16 @@ def build_stage(
     config = read_config(model_dir)
     check_splittable(config)
     check_range(config, blocks)
-    model, anatomy, checkpoint = _open(model_dir, config, dtype)
     kept = range(blocks.start, blocks.end)
-    buffers = {name for name, _ in model.named_buffers()}
+    with one_builder:
+        model, anatomy, checkpoint = _open(model_dir, config, dtype)
+        buffers = {name for name, _ in model.named_buffers()}
 
-    def keep(name: str) -> bool:
-        # Buffers beside the layers are tables that the forward may use on every server, and small.
-        return anatomy.hosts(name, kept) or (name in buffers and anatomy.at_the_ends(name))
+        def keep(name: str) -> bool:
+            # Buffers beside the layers are tables that the forward may use on every server, and small.
+            return anatomy.hosts(name, kept) or (name in buffers and anatomy.at_the_ends(name))
 
-    _fill(model, checkpoint, keep, dtype, torch.device(device))
+        _fill(model, checkpoint, keep, dtype, torch.device(device))
     return Stage(Body(model, anatomy, blocks), blocks, bytes_read=checkpoint.bytes_read)
 
 
@@ -65,8 +67,9 @@ def build_ends(
     """Load embedding, final norm and head from a model directory, and no layer. Raises like build_stage."""
     config = read_config(model_dir)
     check_splittable(config)
-    model, anatomy, checkpoint = _open(model_dir, config, dtype)
-    _fill(model, checkpoint, anatomy.at_the_ends, dtype, torch.device(device))
+    with one_builder:
+        model, anatomy, checkpoint = _open(model_dir, config, dtype)
+        _fill(model, checkpoint, anatomy.at_the_ends, dtype, torch.device(device))
     ends = Ends(model, anatomy, bytes_read=checkpoint.bytes_read)
     ends.eos_ids |= _generation_eos_ids(Path(model_dir))
     return ends

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -385,6 +386,12 @@ def _check_borders(config: PretrainedConfig, blocks: BlockRange, allowed: list[i
             )
 
 
+one_builder = threading.RLock()
+"""Held while a model is built or filled. transformers then swaps functions (its own `tie_weights`, those of
+torch.nn.init) for the whole process, and two threads that do so put the wrong ones back: models that anyone loads later
+would come out untied or uninitialised."""
+
+
 def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The whole model without weights: shapes only. Raises ModelError when the family has no causal language model."""
     try:
@@ -394,7 +401,7 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
             f"{config.model_type!r} is not a text-generating decoder of transformers.",
             hint="shoal serves models that AutoModelForCausalLM can load.",
         ) from None
-    with ContextManagers(cls.get_init_context(dtype, False, False, None)):
+    with one_builder, ContextManagers(cls.get_init_context(dtype, False, False, None)):
         model: PreTrainedModel = cls(config)
     return model.eval()
 
