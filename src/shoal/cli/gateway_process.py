@@ -144,7 +144,8 @@ async def _serve(options: Options, seed: Seed, transport: TlsTransport, node: st
     try:
         async with serve(app, "127.0.0.1", options.port) as listening:
             gc.freeze()  # as in server_process.py
-            output.answer_json({"api": f"{listening.url}/v1", "key": key})
+            chat = tokenizer.chat_template is not None
+            output.answer_json({"api": f"{listening.url}/v1", "key": key, "chat": chat})
             await asyncio.Event().wait()  # until cancelled
     finally:
         await driver.close()

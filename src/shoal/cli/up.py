@@ -139,14 +139,16 @@ def _announce(swarm: object, as_json: bool) -> None:
     output.answer(f"\nThe swarm answers: {name} on {len(swarm.servers)} servers\n")
     for server in swarm.servers:
         output.answer(f"  blocks {server.blocks:<7} server {server.id[:8]}   pid {server.pid}")
-    body = (
-        f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Who are you?"}}],'
-        ' "temperature": 0, "stream": true}'
+    path, ask = (
+        ("chat/completions", '"messages": [{"role": "user", "content": "Who are you?"}]')
+        if swarm.chat
+        else ("completions", '"prompt": "Once upon a time", "max_tokens": 32')
     )
+    body = f'{{"model": "{name}", {ask}, "temperature": 0, "stream": true}}'
     program = _program()
     output.answer(
         f"\n  endpoint  {swarm.api}\n  key       {swarm.key}\n\nTry it from another terminal:\n\n"
-        f"  curl -N {swarm.api}/chat/completions -H 'Authorization: Bearer {swarm.key}' \\\n"
+        f"  curl -N {swarm.api}/{path} -H 'Authorization: Bearer {swarm.key}' \\\n"
         f"    -H 'Content-Type: application/json' -d '{body}'\n\n"
         f'or: {program} generate --prompt "In SQLite, a"\n    {program} status\n\nCtrl-C stops everything.\n'
     )

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,9 +60,13 @@ class LocalSwarm:
 
     def __init__(self, plan: SwarmPlan, *, on_progress: Callable[[str], None] = lambda text: None) -> None:
         _check_spans(plan)
+        if plan.api_port:
+            _check_port(plan.api_port)
         self.plan = plan
         self.api = ""
         self.key = ""
+        self.chat = False
+        """The model has a chat template."""
         self.servers: list[RunningServer] = []
         self._progress = on_progress
         self._children: dict[str, Child] = {}
@@ -112,7 +117,7 @@ class LocalSwarm:
                 task.cancel()
             await asyncio.gather(ready, *lines.values(), return_exceptions=True)
         answer = ready.result()
-        self.api, self.key = answer["api"], answer["key"]
+        self.api, self.key, self.chat = answer["api"], answer["key"], answer["chat"]
         self.servers = [
             RunningServer(node, self._children[name].pid, lines[name].result()["blocks"])
             for node, name in names.items()
@@ -168,14 +173,29 @@ class LocalSwarm:
         return waits[task].name, task.result()
 
     async def stop(self, *, failed: bool) -> None:
-        """Stop the gateway, which closes every session, then the servers; keep the logs after a failure."""
+        """Stop the gateway, which closes every session, then the servers; after a failure only logs stay."""
         gateway = self._children.get("gateway")
         if gateway is not None:
             await gateway.stop(grace_s=8.0)
         servers = [child for name, child in self._children.items() if name != "gateway"]
         await asyncio.gather(*(child.stop(grace_s=5.0) for child in servers))
-        if self._own_dir and not failed:
-            shutil.rmtree(self.swarm_dir, ignore_errors=True)
+        if not self._own_dir:
+            return
+        for part in [self.swarm_dir / "ca", self.swarm_dir / "nodes"] if failed else [self.swarm_dir]:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _check_port(port: int) -> None:
+    """Refuse a port that is taken before anything is started; the gateway binds it only when the swarm is complete."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except (OSError, OverflowError) as error:
+            raise UsageError(
+                f"The API cannot listen on port {port} of this machine: {getattr(error, 'strerror', None) or error}.",
+                hint="Stop the program that uses the port, or choose another port (0 takes any free one).",
+            ) from error
 
 
 def _check_spans(plan: SwarmPlan) -> None:

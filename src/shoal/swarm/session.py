@@ -475,8 +475,8 @@ class Session:
             )
         else:
             error = SwarmIncomplete(
-                f"No live servers cover all blocks of {self._model}"
-                f" (waited {self._config.patience_s:.0f} s, {self.counters.replans} plans tried).",
+                f"No live servers cover all blocks of {self._model.partition('@')[0]}"
+                f" (waited {self._config.patience_s:.0f} s).",
                 hint="See which blocks are missing with: shoal status --explain",
                 retry_after_s=self._config.patience_s,
             )
