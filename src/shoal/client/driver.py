@@ -26,7 +26,7 @@ from shoal.compute.activations import to_numpy, to_torch
 from shoal.compute.facts import ModelFacts
 from shoal.compute.head import HeadEngine
 from shoal.compute.sampling import Sampler
-from shoal.errors import ContextTooLong, ShoalError
+from shoal.errors import ContextTooLong, ShoalError, UsageError
 from shoal.net.directory import Directory
 from shoal.net.transport import Transport
 from shoal.net.worker import Worker
@@ -38,6 +38,9 @@ from shoal.wire import tensors
 from shoal.wire.encoder import Encoder
 
 log = logging.getLogger("shoal.client")
+
+_Choice = tuple[Sampled, wire_rows.Rows] | BaseException
+"""A generation's next token with its embedding, or why there is none."""
 
 ACTIVE_S = 2.0
 """A generation that got a token within this time counts when batches are sized."""
@@ -114,7 +117,9 @@ class Driver:
         self.sessions.start()
 
     async def close(self) -> None:
-        """End every generation and connection."""
+        """End every generation (those who wait for a token hear an error) and connection."""
+        for run in self._runs:
+            run.out.put_nowait(ShoalError("The driver was closed while an answer was running."))
         await self.sessions.close()
 
     def view_changed(self) -> None:
@@ -134,8 +139,11 @@ class Driver:
     ) -> AsyncGenerator[Sampled | None, None]:
         """Yield None once the session is admitted, then every token, the end token included.
 
-        Raises ContextTooLong, Full or SwarmIncomplete; gateway/served.py says when.
+        Raises ContextTooLong, Full or SwarmIncomplete; gateway/served.py says when. UsageError for an empty prompt or
+        max_tokens below 1.
         """
+        if not prompt or max_tokens < 1:
+            raise UsageError(f"{max_tokens} new tokens after a prompt of {len(prompt)}: both must be at least 1.")
         if len(prompt) + max_tokens > self.facts.context_length:
             raise ContextTooLong(
                 f"{len(prompt)} prompt tokens and {max_tokens} new ones exceed the model's"
@@ -200,21 +208,19 @@ class Driver:
             done=self._on_chosen,
         )
 
-    def _on_chosen(self, result: tuple[list[Sampled], wire_rows.Rows] | None, error: BaseException | None) -> None:
+    def _on_chosen(self, result: list[_Choice] | None, error: BaseException | None) -> None:
         runs, self._sampling = self._sampling, []
         self._kick()
-        if result is not None:
-            chosen, embedded = result
-            for index, (run, choice) in enumerate(zip(runs, chosen, strict=True)):
-                self._advance(run, choice, embedded[index : index + 1])
-            self.sessions.flush()
-            return
-        # Broken numbers: the rows of a batch cannot be told apart here, so every generation of it hears the error.
-        told = error if isinstance(error, ShoalError) else ShoalError("Choosing the next token failed; see the log.")
-        if told is not error:
-            log.error("choosing the next tokens failed", exc_info=error)
+        choices: list[_Choice] = [error or RuntimeError("no choice")] * len(runs) if result is None else result
+        for run, choice in zip(runs, choices, strict=True):
+            if isinstance(choice, BaseException):
+                run.out.put_nowait(_told(choice))
+            else:
+                self._advance(run, *choice)
+        self.sessions.flush()
         for run in runs:
-            run.out.put_nowait(told)
+            if run.finished and run.handle is not None:
+                self.sessions.end(run.handle)  # now, however slowly the last tokens are taken
 
     def _take_rows(self) -> list[tuple[_Run, wire_rows.Rows]]:
         """The rows to sample together: at most the active generations divided by the stages, like the servers' batches,
@@ -242,7 +248,7 @@ class Driver:
         run.finished = choice.token in run.eos_ids or run.produced >= run.max_tokens
         run.out.put_nowait(choice)
         if not run.finished:
-            self.sessions.feed(run.handle, embedded.copy())
+            self.sessions.feed(run.handle, embedded)
 
     # --- the compute thread's work ---------------------------------------------------------------------------
 
@@ -252,13 +258,34 @@ class Driver:
 
     def _choose(
         self, rows: Sequence[wire_rows.Rows], samplers: Sequence[Sampler], positions: Sequence[int]
-    ) -> tuple[list[Sampled], wire_rows.Rows]:
+    ) -> list[_Choice]:
         """Head, sampling, and the embedding of the chosen tokens at their positions."""
+        sampled = self._sample(rows, samplers)
+        good = [row for row, choice in enumerate(sampled) if isinstance(choice, Sampled)]
+        tokens = [choice.token for choice in sampled if isinstance(choice, Sampled)]
+        embedded = self._embed(tokens, [positions[row] for row in good]) if good else None
+        choices: list[_Choice] = []
+        for choice in sampled:
+            if isinstance(choice, Sampled):
+                assert embedded is not None
+                place = sum(isinstance(earlier, tuple) for earlier in choices)
+                choices.append((choice, embedded[place : place + 1].copy()))
+            else:
+                choices.append(choice)
+        return choices
+
+    def _sample(self, rows: Sequence[wire_rows.Rows], samplers: Sequence[Sampler]) -> list[Sampled | BaseException]:
+        """The next token of every row, or why it has none: one server's broken rows fail alone."""
         ends = self._head.ends
-        arrays = [tensors.decode_native(part.tensor, part.data) for part in rows]
-        hidden = torch.cat([to_torch(array, ends.dtype, ends.device) for array in arrays])
-        chosen = self._head.sample(hidden, samplers)
-        return chosen, self._embed([choice.token for choice in chosen], positions)
+        try:
+            arrays = [tensors.decode_native(part.tensor, part.data) for part in rows]
+            hidden = torch.cat([to_torch(array, ends.dtype, ends.device) for array in arrays])
+            return [*self._head.sample(hidden, samplers)]
+        except (ShoalError, RuntimeError, ValueError) as error:
+            if len(rows) == 1:
+                return [error]
+        # A batch that fails has moved no sampler (compute/sampling.py), so its rows can be tried again one by one.
+        return [self._sample([row], [sampler])[0] for row, sampler in zip(rows, samplers, strict=True)]
 
     # --- looking ---------------------------------------------------------------------------------------------
 
@@ -284,3 +311,11 @@ class Driver:
             "last_stall_ms": round(counters.last_stall_s * 1e3, 1),
             "rtt_ms": {node: round(ms, 3) for node, ms in self.sessions.rtts_ms().items()},
         }
+
+
+def _told(error: BaseException) -> ShoalError:
+    """What the caller hears. Anything unexpected goes to the log; it holds numbers and shapes, never text."""
+    if isinstance(error, ShoalError):
+        return error
+    log.error("choosing the next token failed", exc_info=error)
+    return ShoalError("Choosing the next token failed; see the log.")
