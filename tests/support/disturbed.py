@@ -10,7 +10,7 @@ from typing import Any
 from support.reference import Reference
 from support.swarm import Answer, Ask, Swarm, answers
 
-ALONE = (Ask("The interpreter reads the file", 500),)
+ALONE = (Ask("The interpreter reads the file", 400),)
 EIGHT = tuple(
     Ask(prompt, 160)
     for prompt in (

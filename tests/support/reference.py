@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -17,18 +16,20 @@ class Reference:
         self.tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
         self.model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, local_files_only=True).eval()
         self.model.generation_config.eos_token_id = None  # answers have exactly the asked length
-        self.greedy = cache(self._greedy)
+        self._greedy: dict[str, tuple[int, ...]] = {}
 
     def prompt(self, text: str) -> list[int]:
         return self.tokenizer(text)["input_ids"]
 
-    def _greedy(self, prompt: str, tokens: int) -> tuple[int, ...]:
+    def greedy(self, prompt: str, tokens: int) -> tuple[int, ...]:
         """The ids that greedy `generate` appends to a prompt."""
-        ids = torch.tensor([self.prompt(prompt)])
-        mask = torch.ones_like(ids)
-        with torch.inference_mode():
-            whole = self.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=tokens)
-        return tuple(whole[0, ids.shape[1] :].tolist())
+        if len(self._greedy.get(prompt, ())) < tokens:  # a longer answer begins with the shorter one
+            ids = torch.tensor([self.prompt(prompt)])
+            mask = torch.ones_like(ids)
+            with torch.inference_mode():
+                whole = self.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=tokens)
+            self._greedy[prompt] = tuple(whole[0, ids.shape[1] :].tolist())
+        return self._greedy[prompt][:tokens]
 
     def text(self, ids: tuple[int, ...]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -70,13 +70,14 @@ class Process:
     def __init__(self, folder: Path, *command: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / f"{command[-1 if len(command) == 1 else 0]}.{time.monotonic_ns()}.log"
+        path = [str(REPOSITORY / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
         with self.log.open("wb") as log:
             self.popen = subprocess.Popen(
                 [sys.executable, "-m", *command],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=os.environ | {"XDG_STATE_HOME": str(folder), "PYTHONPATH": str(REPOSITORY / "tests")},
+                env=os.environ | {"XDG_STATE_HOME": str(folder), "PYTHONPATH": os.pathsep.join(path)},
                 cwd=folder,
             )
 
