@@ -12,7 +12,7 @@ from support.inprocess import GREEDY, InProcess
 from support.networks import run
 
 from shoal.compute.sampling import Sampler
-from shoal.errors import NotFinite, ShoalError, UsageError
+from shoal.errors import Full, NotFinite, ShoalError, UsageError
 from shoal.spec.sampling import Sampled
 from shoal.wire.rows import Rows
 
@@ -75,5 +75,21 @@ def test_a_broken_row_fails_its_own_generation_only(
             assert first[0] == last[0]
             assert bytes(first[1].data) == bytes(last[1].data)
             assert [sampler.drawn for sampler in samplers] == [1, 0, 1]
+
+    run(scenario)
+
+
+def test_servers_that_the_registry_calls_full_are_asked_and_say_when_to_come_back(model_dir: Path) -> None:
+    async def scenario() -> None:
+        async with InProcess(model_dir) as swarm:
+            (node,) = await swarm.add("0:6", cache_tokens=64)
+            serving = swarm.servers[node].server._serving
+            assert serving is not None
+            assert serving.pool.reserve(b"another session.", 48)
+            while any(record.cache_tokens_free >= 32 for record in swarm._seed.directory.live() if record.node == node):
+                await asyncio.sleep(0.02)
+            with pytest.raises(Full) as caught:
+                await swarm.tokens(PROMPT, 50)
+            assert caught.value.retry_after_s is not None
 
     run(scenario)

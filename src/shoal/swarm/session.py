@@ -448,6 +448,9 @@ class Session:
         self._avoid = {node: until for node, until in self._avoid.items() if until > now}
         self._avoid_if_possible = {node: until for node, until in self._avoid_if_possible.items() if until > now}
         planned = self._plan_runs(now) or self._plan_whole(now)
+        if planned is None and not self._was_live:
+            # By the registry they are full. The servers themselves know better, and when to come back.
+            planned = self._plan_whole(now, need_tokens=0)
         if planned is None:
             self._asked_at = None
             self._planned_at = now
@@ -503,15 +506,18 @@ class Session:
                 at = stage.hop.blocks.end
         return result
 
-    def _plan_whole(self, now: float) -> list[_Stage] | None:
-        hops = self._find_hops(self._blocks, frozenset(), now)
+    def _plan_whole(self, now: float, need_tokens: int | None = None) -> list[_Stage] | None:
+        hops = self._find_hops(self._blocks, frozenset(), now, need_tokens)
         return None if hops is None else [_Stage(hop, self._epoch + 1) for hop in hops]
 
-    def _find_hops(self, blocks: BlockRange, busy: frozenset[str], now: float) -> Sequence[Hop] | None:
+    def _find_hops(
+        self, blocks: BlockRange, busy: frozenset[str], now: float, need_tokens: int | None = None
+    ) -> Sequence[Hop] | None:
+        need = self._max_tokens if need_tokens is None else need_tokens
         avoid = busy | frozenset(self._avoid)
-        hops = self._plan(blocks, avoid | frozenset(self._avoid_if_possible), self._max_tokens, now)
+        hops = self._plan(blocks, avoid | frozenset(self._avoid_if_possible), need, now)
         if hops is None and self._avoid_if_possible:
-            hops = self._plan(blocks, avoid, self._max_tokens, now)
+            hops = self._plan(blocks, avoid, need, now)
         return hops
 
     def _open(self, stages: list[_Stage], now: float) -> list[Action]:
