@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from shoal.net.tls import TlsTransport
     from shoal.wire.messages import WireType
 
+STREAMS_END_S = 3.0
+"""Running answers that end by themselves within this time of a stop are whole; the others are told that they are not.
+Well below what `shoal up` grants a stopping gateway (launch/local.py): one that was killed can tell nobody."""
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -93,6 +97,7 @@ async def _serve(options: Options, seed: Seed, transport: TlsTransport, node: st
     from shoal.compute.split import build_ends
     from shoal.gateway.accounts import Accounts
     from shoal.gateway.app import create_app
+    from shoal.gateway.limits import Limits
     from shoal.gateway.metrics import Metrics
     from shoal.gateway.served import ReadyState
     from shoal.gateway.server import serve
@@ -142,7 +147,7 @@ async def _serve(options: Options, seed: Seed, transport: TlsTransport, node: st
     key, _ = accounts.create("shoal up")
     app = create_app({options.name: model}, accounts, ready=ready, status=model.status, metrics=metrics)
     try:
-        async with serve(app, "127.0.0.1", options.port) as listening:
+        async with serve(app, "127.0.0.1", options.port, limits=Limits(shutdown_s=STREAMS_END_S)) as listening:
             gc.freeze()  # as in server_process.py
             chat = tokenizer.chat_template is not None
             output.answer_json({"api": f"{listening.url}/v1", "key": key, "chat": chat})

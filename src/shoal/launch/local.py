@@ -70,6 +70,8 @@ class LocalSwarm:
         self.servers: list[RunningServer] = []
         self._progress = on_progress
         self._children: dict[str, Child] = {}
+        self._told: set[str] = set()
+        """Children whose end `ended` has told."""
         self._own_dir = plan.swarm_dir is None
         self.swarm_dir = plan.swarm_dir or Path(tempfile.mkdtemp(prefix="swarm-", dir=state_dir()))
 
@@ -82,8 +84,9 @@ class LocalSwarm:
             raise ChildFailed(
                 f"The swarm was not ready after {START_TIMEOUT_S:.0f} s.", hint=f"Logs are in {self.swarm_dir}/logs."
             ) from None
-        except BaseException:
-            await self.stop(failed=True)
+        except BaseException as error:
+            # An interrupted start is no failure: nobody will look for its logs.
+            await self.stop(failed=not isinstance(error, asyncio.CancelledError))
             raise
         return self
 
@@ -163,13 +166,17 @@ class LocalSwarm:
         return [*args, "--exact"] if plan.exact else args
 
     async def ended(self) -> tuple[str, int]:
-        """Wait until any process of the swarm ends: (its name, its exit code, negative for a signal)."""
-        alive = [child for child in self._children.values() if child.process.returncode is None]
-        waits = {asyncio.create_task(child.process.wait()): child for child in alive}
-        done, rest = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        for task in rest:
-            task.cancel()
+        """Wait until any process of the swarm ends: (its name, its exit code, negative for a signal). Every end is told
+        once, also when several come together. At least one must be left to tell."""
+        children = [child for name, child in self._children.items() if name not in self._told]
+        waits = {asyncio.create_task(child.process.wait()): child for child in children}
+        try:
+            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in waits:
+                task.cancel()
         task = done.pop()
+        self._told.add(waits[task].name)
         return waits[task].name, task.result()
 
     async def stop(self, *, failed: bool) -> None:
