@@ -11,7 +11,7 @@ from support.messages import RECORD, SESSION, journal, samples, step
 from shoal.errors import ProtocolError
 from shoal.wire import codec
 from shoal.wire.frames import Lane
-from shoal.wire.messages import MAX_ITEMS, MAX_META_BYTES, Close, Ping, Result, Step, StepItem, Sync, Tensor
+from shoal.wire.messages import MAX_ITEMS, MAX_META_BYTES, Close, Open, Ping, Result, Step, StepItem, Sync, Tensor
 
 STEP_KIND = 13
 
@@ -75,6 +75,12 @@ def test_a_nan_in_a_record_is_refused() -> None:
         kind, meta = codec.encode(Sync({}, [record], 0))
         with pytest.raises(ProtocolError, match="malformed Sync"):
             codec.decode(kind, meta, 0)
+
+
+def test_an_open_for_no_token_is_refused() -> None:
+    kind, meta = codec.encode(Open(SESSION, 1, "demo", 0, 4, 1, 0, "f32", None))
+    with pytest.raises(ProtocolError, match="malformed Open"):
+        codec.decode(kind, meta, 0)
 
 
 def test_a_body_that_does_not_fit_its_tensor_is_refused() -> None:

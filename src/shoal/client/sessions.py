@@ -90,6 +90,8 @@ class Sessions:
         self._rtts = Links()
         self._handles: dict[bytes, Handle] = {}
         self._feeds: dict[str, list[decide.Feed]] = {}
+        self._width: int | None = None
+        """Values in a row of activations, known from the first that is fed."""
         self._ticker: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -136,6 +138,7 @@ class Sessions:
 
     def feed(self, handle: Handle, rows: wire_rows.Rows) -> None:
         """Append inputs of block 0. They leave with the next `flush`, together with those of other sessions."""
+        self._width = rows.width
         self._perform(handle, handle.session.feed(rows.count, rows, time.monotonic()))
 
     def end(self, handle: Handle) -> None:
@@ -236,6 +239,8 @@ class Sessions:
 
     def _on_message(self, node: str, message: msg.Message, body: memoryview) -> None:
         now = time.monotonic()
+        if isinstance(message, msg.Result | msg.Journal):
+            self._check_format(node, message.tensor)
         match message:
             case msg.Result(items, tensor):
                 for item, rows in wire_rows.cut(items, tensor, body):
@@ -258,6 +263,15 @@ class Sessions:
                 raise ProtocolError(f"Server {node} reported {code}: {text}")
         self._on_frame_end()
         self.flush()
+
+    def _check_format(self, node: str, tensor: msg.Tensor) -> None:
+        """Rows that cannot be joined with those of other servers must not get into a journal: a replay would fail."""
+        width = self._width or tensor.width
+        if (tensor.dtype, tensor.width) != (self.wire, width):
+            raise ProtocolError(
+                f"Server {node} sent rows of {tensor.width} values as {tensor.dtype};"
+                f" {width} as {self.wire} were agreed."
+            )
 
     def _on_lost(self, node: str, cause: str, text: str) -> None:
         now = time.monotonic()

@@ -93,7 +93,7 @@ class Open(_Message, frozen=True, tag=10):
     end: BlockIndex
     stages: Annotated[int, Meta(ge=1, le=1024)]
     """How many servers the chain has; the server sizes its batches so that all of them stay busy."""
-    max_tokens: Position
+    max_tokens: Annotated[int, Meta(ge=1, le=MAX_CONTEXT)]
     wire: WireType
     next: Hop | None
     forward_from: Position = 0
