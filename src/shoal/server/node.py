@@ -247,12 +247,7 @@ class BlockServer:
         """Serve one incoming connection, a driver's or an upstream server's, until it ends."""
         node = conn.peer.node
         outbox = Outbox(conn)
-        drives = conn.peer.role in ("client", "gateway")
-        if drives:
-            if node in self._drivers and self._serving is not None:
-                # A driver keeps one connection to us: it gave the old one up, though that news is still on its way.
-                self._perform(self._serving.on_driver_lost(node, time.monotonic()))
-            self._drivers[node] = outbox
+        drives = False
         try:
             while True:
                 message, body = await conn.receive()
@@ -260,11 +255,22 @@ class BlockServer:
                     answer = self._directory.on_sync(message)
                     if answer is not None:
                         outbox.put(answer)
-                elif self._serving is not None:
-                    self._perform(self._decide(self._serving, node, message, body))
+                    continue
+                if self._serving is None:
+                    continue
+                if conn.peer.role in ("client", "gateway") and not drives:
+                    # Not from the start: who only gossips over this connection may drive sessions over another one.
+                    drives = True
+                    if node in self._drivers:
+                        # A driver keeps one connection to us: it gave the old one up, though that news is on its way.
+                        self._perform(self._serving.on_driver_lost(node, time.monotonic()))
+                    self._drivers[node] = outbox
+                elif drives and self._drivers.get(node) is not outbox:
+                    return  # what still came over a connection that was given up would open sessions nobody ends
+                self._perform(self._decide(self._serving, node, message, body))
         finally:
             await outbox.close()
-            if drives and self._drivers.get(node) is outbox:
+            if self._drivers.get(node) is outbox:
                 del self._drivers[node]
                 if self._serving is not None:
                     self._perform(self._serving.on_driver_lost(node, time.monotonic()))
