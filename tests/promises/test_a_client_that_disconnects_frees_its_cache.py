@@ -18,10 +18,13 @@ def test_on_every_server_of_its_chain(swarm: Swarm) -> None:
         )
         next(iter(stream))
         chain = {swarm.busy(stage)["id"] for stage in (0, 1)}
-        held = {server["id"]: server["cache_tokens_free"] for server in swarm.servers() if server["id"] in chain}
-        stream.close()
 
-    assert all(before[node] - free >= asked for node, free in held.items()), "the session had reserved its cache"
+        def reserved() -> bool:
+            free = {server["id"]: server["cache_tokens_free"] for server in swarm.servers()}
+            return all(before[node] - free[node] >= asked for node in chain)
+
+        until(reserved, "both servers have told that they keep cache for the answer")
+        stream.close()
 
     def freed() -> bool:
         return {server["id"]: server["cache_tokens_free"] for server in swarm.servers()} == before

@@ -146,13 +146,13 @@ class Swarm:
         ]
 
     def busy(self, stage: int, *, sessions: int = 1) -> dict[str, Any]:
-        """Waits until the servers of a stage host `sessions` sessions; the server that has most of them."""
+        """Waits until `sessions` sessions go through the servers of a stage; the server that has most of them."""
 
         def look() -> dict[str, Any] | None:
             servers = self.servers(stage)
-            if sum(server["sessions"] for server in servers) < sessions:
+            if sum(server["driven"] for server in servers) < sessions:
                 return None
-            return max(servers, key=lambda server: server["sessions"])
+            return max(servers, key=lambda server: server["driven"])
 
         found = until(look, f"{sessions} sessions at stage {stage}")
         assert found is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,10 @@ class SwarmModel:
     async def status(self) -> dict[str, Any]:
         """Who hosts what, how fast, how busy, and why there."""
         facts = self._driver.facts
-        servers = [_describe(record) for record in self._directory.live() if record.role == "server"]
+        driven = Counter(hop.node for chain in self._driver.sessions.chains() for hop in chain)
+        servers = [
+            _describe(record, driven[record.node]) for record in self._directory.live() if record.role == "server"
+        ]
         missing = self.missing()
         return {
             "model": self.name,
@@ -94,7 +98,8 @@ class SwarmModel:
         }
 
 
-def _describe(record: Record) -> dict[str, Any]:
+def _describe(record: Record, driven: int) -> dict[str, Any]:
+    """`driven`: this gateway's own sessions on that server, known at once; the server's word for all comes later."""
     span = record.span
     return {
         "id": record.node,
@@ -110,6 +115,7 @@ def _describe(record: Record) -> dict[str, Any]:
         "cache_tokens_total": record.cache_tokens_total,
         "queue_rows": record.queue_rows,
         "sessions": record.sessions,
+        "driven": driven,
         "labels": list(record.labels),
         "wire_error": record.wire_error,
     }
