@@ -303,3 +303,11 @@ def test_plans_without_progress_end_after_a_bounded_number_of_them() -> None:
         actions = session.on_peer_lost(node, "closed", 0.0)
     assert plans == CONFIG.max_replans
     assert session.ended
+
+
+def test_outputs_of_what_was_never_fed_are_ignored() -> None:
+    session = live(with_spares())
+    session.feed(2, (0, 1), 1.0)
+    assert session.on_result("b", msg.StepItem(ID, 1, 2, 8), (1, 2), 1.1) == []
+    assert session.on_journal("a", 4, msg.StepItem(ID, 5, 2, 4), (5, 6), 1.1) == []
+    assert session._logs[4]._early == {}

@@ -314,10 +314,10 @@ class Session:
 
     def on_journal(self, node: str, block: int, item: msg.StepItem, payload: Payload, now: float) -> list[Action]:
         """A copy of the inputs of `block` that `node` pushed on."""
-        self._confirm(node, block, item)
         log = self._logs.get(block)
-        if self.ended or log is None or block in (self._blocks.start, self._blocks.end):
+        if self.ended or log is None or block in (self._blocks.start, self._blocks.end) or self._beyond(item):
             return []
+        self._confirm(node, block, item)
         added = log.add(item.position, item.rows, payload)
         if not added:
             return []
@@ -330,7 +330,7 @@ class Session:
 
     def on_result(self, node: str, item: msg.StepItem, payload: Payload, now: float) -> list[Action]:
         """Outputs of the last block, from `node`."""
-        if self.ended:
+        if self.ended or self._beyond(item):
             return []
         self._confirm(node, self._blocks.end, item)
         self._progress_at = now
@@ -402,6 +402,10 @@ class Session:
 
     def _find(self, node: str) -> _Stage | None:
         return next((stage for stage in self._stages if stage.node == node), None)
+
+    def _beyond(self, item: msg.StepItem) -> bool:
+        """Outputs of inputs that were never fed: no honest server has them, and a journal must not grow by them."""
+        return item.position + item.rows > self._logs[self._blocks.start].end
 
     def _confirm(self, node: str, block: int, item: msg.StepItem) -> None:
         """An output of a stage proves that it has computed everything up to there."""
