@@ -15,14 +15,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from shoal.errors import ProtocolError, ShoalError
+from shoal.errors import ProtocolError, ShoalError, SwarmIncomplete
 from shoal.net.directory import Directory
 from shoal.net.link import Link
 from shoal.net.transport import Transport
 from shoal.spec.ids import BlockRange
 from shoal.swarm import session as decide
 from shoal.swarm.estimates import Links
-from shoal.swarm.routing import Hop, route
+from shoal.swarm.routing import Hop, route, why_no_chain
 from shoal.wire import messages as msg
 from shoal.wire import rows as wire_rows
 
@@ -96,6 +96,7 @@ class Sessions:
 
     def start(self) -> None:
         self._ticker = asyncio.create_task(self._tick_loop(), name="session timers")
+        self._ticker.add_done_callback(self._on_ticker_end)
 
     async def close(self) -> None:
         """Close every session and connection."""
@@ -194,11 +195,26 @@ class Sessions:
                 case decide.Deliver(position, _, payload):
                     handle.on_rows(position, payload)
                 case decide.Failed(error):
-                    handle.on_failed(error)
+                    handle.on_failed(self._explained(error))
                 case decide.Recovered():
                     self._note_recovery(handle, action)
         if was_live:
             handle.on_live()
+
+    def _explained(self, error: ShoalError) -> ShoalError:
+        """A session knows that it found no chain; the registry knows which blocks are missing."""
+        if not isinstance(error, SwarmIncomplete):
+            return error
+        now = time.monotonic()
+        view = self._directory.view
+        why = why_no_chain(
+            view.live(now),
+            self._model,
+            self._num_blocks,
+            avoid=view.suspects(now),
+            retry_after_s=error.retry_after_s,
+        )
+        return why or error
 
     def _note_recovery(self, handle: Handle, recovered: decide.Recovered) -> None:
         counters = self.counters
@@ -281,6 +297,14 @@ class Sessions:
         for handle in list(self._handles.values()):
             self._perform(handle, handle.session.on_peer_lost(node, cause, now))
         self.flush()
+
+    def _on_ticker_end(self, ticker: asyncio.Task[None]) -> None:
+        """Timers only end with `close`. Should they fail, nobody may wait for them in silence."""
+        if ticker.cancelled() or ticker.exception() is None:
+            return
+        log.critical("session timers failed", exc_info=ticker.exception())
+        for handle in list(self._handles.values()):
+            handle.on_failed(ShoalError("The driver of this session failed; see the gateway's log."))
 
     async def _tick_loop(self) -> None:
         while True:

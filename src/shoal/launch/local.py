@@ -15,7 +15,7 @@ from typing import Any
 
 from shoal.errors import UsageError
 from shoal.launch.children import Child, ChildFailed
-from shoal.launch.state import state_dir
+from shoal.launch.state import is_running, state_dir
 from shoal.net.identity import NodeIdentity, create_ca, issue_node
 
 START_TIMEOUT_S = 600.0
@@ -73,7 +73,8 @@ class LocalSwarm:
         self._told: set[str] = set()
         """Children whose end `ended` has told."""
         self._own_dir = plan.swarm_dir is None
-        self.swarm_dir = plan.swarm_dir or Path(tempfile.mkdtemp(prefix="swarm-", dir=state_dir()))
+        _sweep_keys(state_dir())
+        self.swarm_dir = plan.swarm_dir or Path(tempfile.mkdtemp(prefix=f"swarm-{os.getpid()}-", dir=state_dir()))
 
     async def __aenter__(self) -> LocalSwarm:
         try:
@@ -190,6 +191,15 @@ class LocalSwarm:
             return
         for part in [self.swarm_dir / "ca", self.swarm_dir / "nodes"] if failed else [self.swarm_dir]:
             shutil.rmtree(part, ignore_errors=True)
+
+
+def _sweep_keys(folder: Path) -> None:
+    """Remove the keys of swarms whose `shoal up` was killed before it could; their logs stay."""
+    for left in folder.glob("swarm-*-*"):
+        pid = left.name.split("-")[1]
+        if pid.isdigit() and not is_running(int(pid)):
+            for part in ("ca", "nodes"):
+                shutil.rmtree(left / part, ignore_errors=True)
 
 
 def _check_port(port: int) -> None:

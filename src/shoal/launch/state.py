@@ -73,10 +73,11 @@ def _read() -> Running | None:
             f"Cannot read {state_dir() / 'running.json'}: {error}",
             hint="Remove that file and start the swarm again.",
         ) from error
-    return found if _alive(found.pid) else None
+    return found if is_running(found.pid) else None
 
 
-def _alive(pid: int) -> bool:
+def is_running(pid: int) -> bool:
+    """Whether a process with this id exists, ours or not."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

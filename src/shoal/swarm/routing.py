@@ -17,7 +17,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Protocol
 
-from shoal.errors import Full, ShoalError, SwarmIncomplete
+from shoal.errors import SwarmIncomplete
 from shoal.spec.ids import BlockRange
 from shoal.swarm.estimates import Links
 from shoal.wire.messages import Record
@@ -161,32 +161,25 @@ def why_no_chain(
     num_blocks: int,
     *,
     avoid: AbstractSet[str] = frozenset(),
-    need_tokens: int = 0,
-    retry_after_s: float = 2.0,
-) -> ShoalError:
-    """The error to raise when `route` found nothing: what is missing, and whether waiting helps."""
-    missing = missing_blocks(records, model, num_blocks)
-    if missing:
-        ranges = ", ".join(str(part) for part in missing)
+    retry_after_s: float | None = None,
+) -> SwarmIncomplete | None:
+    """What is missing when `route` found nothing: blocks that nobody hosts, or whose servers cannot be reached. None
+    when every block is covered, so that something else is in the way."""
+    name = model.partition("@")[0]
+    if missing := missing_blocks(records, model, num_blocks):
         return SwarmIncomplete(
-            f"No live server hosts blocks {ranges} of {model}.",
+            f"No live server hosts blocks {', '.join(map(str, missing))} of {name}.",
             hint="Start a server for these blocks, or wait for one that restarts; `shoal status` shows who is here.",
             retry_after_s=retry_after_s,
         )
     reachable = [record for record in records if record.node not in avoid]
-    lost = missing_blocks(reachable, model, num_blocks)
-    if lost:
-        ranges = ", ".join(str(part) for part in lost)
+    if lost := missing_blocks(reachable, model, num_blocks):
         return SwarmIncomplete(
-            f"The servers of blocks {ranges} of {model} cannot be reached or refused the session.",
+            f"The servers of blocks {', '.join(map(str, lost))} of {name} cannot be reached or refused the session.",
             hint="They are tried again soon; a second replica of these blocks (--replicas 2) would take over at once.",
             retry_after_s=retry_after_s,
         )
-    return Full(
-        f"No chain for {model} has room for {need_tokens} more tokens.",
-        hint="Ask for fewer tokens (max_tokens), or try again when other sessions have finished.",
-        retry_after_s=retry_after_s,
-    )
+    return None
 
 
 def _option(
