@@ -24,6 +24,10 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     # torch asks for huge pages for large tensors: a decode step walks through all weights, and 4 KiB pages cost 1-2 %.
     "THP_MEM_ALLOC_ENABLE": "1",
+    # `shoal up` has fetched the model by now: its processes read directories and ask nobody.
+    "HF_HUB_OFFLINE": "1",
+    # Its warnings are about loading whole models; a server that loads some blocks of one looks broken to it.
+    "TRANSFORMERS_VERBOSITY": "error",
 }
 _TAIL_BYTES = 4000
 _ERROR, _HINT = "error: ", "hint: "
