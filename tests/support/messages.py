@@ -54,6 +54,8 @@ RECORD = Record(
     queue_rows=3,
     sessions=2,
     labels=["trusted"],
+    serves="demo",
+    reason="No live server hosts blocks 0:4.",
 )
 
 

@@ -218,7 +218,7 @@ def _fits(record: Record) -> bool:
 
 
 def _rough_bytes(record: Record) -> int:
-    texts = [record.node, *record.addresses, *record.labels]
+    texts = [record.node, record.serves, record.reason, *record.addresses, *record.labels]
     if record.span is not None:
         texts.append(record.span.model)
     return _RECORD_BYTES + sum(len(text.encode()) + 3 for text in texts)

@@ -26,6 +26,7 @@ SessionBytes = Annotated[bytes, Meta(min_length=16, max_length=16)]
 NodeText = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[a-z0-9][a-z0-9._-]*$")]
 NameText = Annotated[str, Meta(max_length=256)]
 ReasonText = Annotated[str, Meta(max_length=1024)]
+NoteText = Annotated[str, Meta(max_length=256)]
 AddressText = Annotated[str, Meta(min_length=1, max_length=256)]
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Position = Annotated[int, Meta(ge=0, le=MAX_CONTEXT)]
@@ -201,7 +202,8 @@ class Record(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     version: Count
     lease_s: Annotated[float, Meta(gt=0.0, le=3600.0)]
     role: Literal["server", "client", "gateway", "admin"]
-    state: Literal["joining", "loading", "online", "draining", "gone"]
+    state: Literal["joining", "loading", "online", "draining", "resting", "gone"]
+    """resting: a borrowed machine whose owner needs it; it hosts nothing and comes back by itself."""
     addresses: Annotated[list[AddressText], Meta(max_length=8)]
     span: Span | None
     pid: Count
@@ -219,6 +221,10 @@ class Record(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     labels: Annotated[list[NameText], Meta(max_length=16)] = []
     wire_error: Annotated[float, Meta(ge=0.0, le=1e9)] = 0.0
     """What the wire format cost lately: ||sent - computed|| / ||computed|| of one batch's outputs, 0 when lossless."""
+    serves: NameText = ""
+    """The model this server was started for, also while it hosts no blocks; "": whichever the planner assigns."""
+    reason: NoteText = ""
+    """Why it hosts what it hosts, or nothing, in a sentence for `shoal status --explain`."""
 
 
 class Sync(_Message, frozen=True, tag=30):
