@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -67,17 +67,24 @@ def children_of(pid: int) -> set[int]:
 class Process:
     """A shoal command in a process of its own, its stderr in a file, its private state in `folder`."""
 
-    def __init__(self, folder: Path, *command: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *command: str,
+        prefix: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """`prefix` is a command that runs it somewhere else (another network namespace)."""
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / f"{command[-1 if len(command) == 1 else 0]}.{time.monotonic_ns()}.log"
         path = [str(REPOSITORY / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
         with self.log.open("wb") as log:
             self.popen = subprocess.Popen(
-                [sys.executable, "-m", *command],
+                [*prefix, sys.executable, "-m", *command],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=os.environ | {"XDG_STATE_HOME": str(folder), "PYTHONPATH": os.pathsep.join(path)},
+                env=environment or os.environ | {"XDG_STATE_HOME": str(folder), "PYTHONPATH": os.pathsep.join(path)},
                 cwd=folder,
             )
 

@@ -12,13 +12,11 @@ import click
 from shoal.cli import output
 
 if TYPE_CHECKING:
+    from shoal.client.served import SwarmModel
+    from shoal.compute.facts import ModelFacts
     from shoal.net.seed import Seed
     from shoal.net.tls import TlsTransport
     from shoal.wire.messages import WireType
-
-STREAMS_END_S = 3.0
-"""Running answers that end by themselves within this time of a stop are whole; the others are told that they are not.
-Well below what `shoal up` grants a stopping gateway (launch/local.py): one that was killed can tell nobody."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,74 +83,35 @@ async def _main(options: Options) -> None:
 
 async def _serve(options: Options, seed: Seed, transport: TlsTransport, node: str) -> None:
     """Load both ends of the model, give out the blocks, answer HTTP until cancelled."""
-    import gc
-    from functools import partial
-
-    import torch
-
-    from shoal.client.driver import Driver, DriverConfig
-    from shoal.client.served import SwarmModel, load_tokenizer
-    from shoal.compute.facts import describe
-    from shoal.compute.head import HeadEngine
-    from shoal.compute.split import build_ends
+    from shoal.cli import answering
     from shoal.gateway.accounts import Accounts
-    from shoal.gateway.app import create_app
-    from shoal.gateway.limits import Limits
-    from shoal.gateway.metrics import Metrics
-    from shoal.gateway.served import ReadyState
-    from shoal.gateway.server import serve
     from shoal.net.coordinator import assign_blocks
-    from shoal.net.worker import Worker
     from shoal.swarm.placement import ModelNeeds
 
-    worker = Worker("head", partial(torch.set_num_threads, 1))
-    dtype: torch.dtype = getattr(torch, options.dtype)
-    facts = await worker.call(describe, options.model)
-    tokenizer = await worker.call(load_tokenizer, options.model)
-    needs = ModelNeeds(
-        block_bytes=tuple(params * dtype.itemsize for params in facts.block_params),
-        kv_bytes_per_block_token=facts.kv_params_per_token * dtype.itemsize,
-        cache_tokens=facts.context_length,
-        legal_cuts=facts.legal_cuts,
-    )
-    placing = asyncio.create_task(
-        assign_blocks(seed, facts.name, needs, stages=options.servers, replicas=options.replicas)
-    )
-    ends = await worker.call(lambda: build_ends(options.model, dtype=dtype, device=options.device))
-    metrics = Metrics()
-    driver = Driver(
-        facts,
-        HeadEngine(ends, exact=options.exact),
-        node=node,
-        transport=transport,
-        directory=seed.directory,
-        config=DriverConfig(wire=options.wire),
-        worker=worker,
-        on_recovered=lambda recovered: metrics.failover(recovered.cause),
-    )
-    driver.start()
-    seed.on_change = driver.view_changed
-    placement = await placing
-    model = SwarmModel(
-        options.name, driver, seed.directory, tokenizer, eos_ids=ends.eos_ids, placement=placement.explain()
-    )
+    async def place(facts: ModelFacts) -> list[str]:
+        itemsize = {"float32": 4, "bfloat16": 2}[options.dtype]
+        needs = ModelNeeds(
+            block_bytes=tuple(params * itemsize for params in facts.block_params),
+            kv_bytes_per_block_token=facts.kv_params_per_token * itemsize,
+            cache_tokens=facts.context_length,
+            legal_cuts=facts.legal_cuts,
+        )
+        placement = await assign_blocks(seed, facts.name, needs, stages=options.servers, replicas=options.replicas)
+        return placement.explain()
 
-    async def ready() -> ReadyState:
-        missing = model.missing()
-        reason = f"No server hosts blocks {', '.join(missing)}." if missing else ""
-        return ReadyState(not missing, reason, {options.name: not missing})
-
-    await seed.wait_for(lambda records: not model.missing())
-    accounts = Accounts(options.swarm_dir / "accounts.sqlite")
-    key, _ = accounts.create("shoal up")
-    app = create_app({options.name: model}, accounts, ready=ready, status=model.status, metrics=metrics)
-    try:
-        async with serve(app, "127.0.0.1", options.port, limits=Limits(shutdown_s=STREAMS_END_S)) as listening:
-            gc.freeze()  # as in server_process.py
-            chat = tokenizer.chat_template is not None
-            output.answer_json({"api": f"{listening.url}/v1", "key": key, "chat": chat})
-            await asyncio.Event().wait()  # until cancelled
-    finally:
-        await driver.close()
-        worker.close()
+    def announce(url: str, models: dict[str, SwarmModel]) -> None:
+        accounts = Accounts(options.swarm_dir / "accounts.sqlite")
+        key, _ = accounts.create("shoal up")
         accounts.close()
+        output.answer_json({"api": f"{url}/v1", "key": key, "chat": models[options.name].chats})
+
+    plan = answering.Plan(
+        home=options.swarm_dir,
+        offers=(answering.Offer(options.name, options.model),),
+        port=options.port,
+        dtype=options.dtype,
+        wire=options.wire,
+        device=options.device,
+        exact=options.exact,
+    )
+    await answering.answer(plan, seed, transport, node, announce, place=place)

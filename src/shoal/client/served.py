@@ -73,6 +73,19 @@ class SwarmModel:
         finally:
             await items.aclose()
 
+    def view_changed(self) -> None:
+        """The registry changed: generations that wait for servers look again."""
+        self._driver.view_changed()
+
+    async def close(self) -> None:
+        """End every generation and connection of this model."""
+        await self._driver.close()
+
+    @property
+    def chats(self) -> bool:
+        """The model has a chat template."""
+        return self.tokenizer.chat_template is not None
+
     def missing(self) -> list[str]:
         """Block ranges that no live server hosts, as "4:8"."""
         facts = self._driver.facts

@@ -1,4 +1,4 @@
-"""Runs the gateway: a listening socket on loopback, uvicorn inside the caller's event loop, a polite end."""
+"""Runs the gateway: a listening socket, TLS beyond loopback, uvicorn inside the caller's event loop, a polite end."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import asyncio
 import logging
 import secrets
 import socket
+import ssl
 import traceback
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from ipaddress import ip_address
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import h11
 import uvicorn
@@ -35,24 +37,62 @@ class Listening:
 
     host: str
     port: int
+    scheme: Literal["http", "https"] = "http"
 
     @property
     def url(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.port}"
+        return f"{self.scheme}://{host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """PEM files of the gateway's own HTTPS certificate (with its chain) and key."""
+
+    certificate: Path
+    key: Path
+
+    def check(self) -> None:
+        """Raises UsageError when TLS cannot be spoken with these files, before a model is loaded for it."""
+        try:
+            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(
+                self.certificate, self.key, password=_no_password
+            )
+        except ssl.SSLError as error:
+            raise UsageError(
+                f"{self.certificate} and {self.key} are no certificate and its key: {error.reason or error}.",
+                hint="Give PEM files: the certificate with its chain, and the key without a password.",
+            ) from error
+        except OSError as error:
+            raise UsageError(
+                f"Cannot read {error.filename or self.certificate}: {error.strerror}.", hint="Give PEM files."
+            ) from error
+
+
+def _no_password() -> str:
+    """Asked for an encrypted key's password, say there is none: a server must not wait at a prompt."""
+    return ""
 
 
 @asynccontextmanager
 async def serve(
-    app: Starlette, host: str = "127.0.0.1", port: int = 0, *, limits: Limits | None = None
+    app: Starlette,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    *,
+    limits: Limits | None = None,
+    tls: TlsFiles | None = None,
 ) -> AsyncIterator[Listening]:
     """Serve `app` while the block runs. Leaving it stops listening and lets running answers end.
 
     Answers that take longer than `limits.shutdown_s` to end are told so inside their streams and cut.
-    Raises UsageError: a host beyond loopback (there is no TLS to protect keys and text on a network), a port in use.
+    Raises UsageError: a host beyond loopback without TLS (keys and text would be readable on the network), a port in
+    use, TLS files that cannot be used.
     """
     limits = limits or Limits()
-    listener = _listen(host, port)
+    if tls is not None:
+        tls.check()
+    listener = _listen(host, port, encrypted=tls is not None)
     config = uvicorn.Config(
         app,
         http=_protocol(limits),
@@ -66,6 +106,8 @@ async def serve(
         timeout_keep_alive=max(1, round(limits.idle_timeout_s)),
         timeout_graceful_shutdown=max(1, round(limits.shutdown_s)),
         h11_max_incomplete_event_size=_MAX_HEAD_BYTES,
+        ssl_certfile=None if tls is None else tls.certificate,
+        ssl_keyfile=None if tls is None else tls.key,
     )
     server = _Server(config)
     address = listener.getsockname()
@@ -74,7 +116,7 @@ async def serve(
     errors.addFilter(silence)
     running = asyncio.create_task(server.serve(sockets=[listener]), name="gateway")
     try:
-        yield Listening(address[0], address[1])
+        yield Listening(address[0], address[1], "http" if tls is None else "https")
     finally:
         server.should_exit = True
         try:
@@ -86,18 +128,26 @@ async def serve(
             listener.close()
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def check_exposure(host: str, *, encrypted: bool) -> str:
+    """The IP address to listen on for `host`. Raises UsageError for a name, and for one that others can reach while
+    nothing would be encrypted."""
     address = "127.0.0.1" if host == "localhost" else host.strip("[]")
     try:
         loopback = ip_address(address).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback:
+    except ValueError as error:
         raise UsageError(
-            f"The gateway listens on this machine only, not on {host!r}: without TLS, keys and text would be readable "
-            "on the network.",
-            hint="Use 127.0.0.1, and an SSH tunnel or a TLS proxy on this machine for others.",
+            f"{host!r} is no IP address to listen on.", hint="Use 127.0.0.1, an address of this machine, or 0.0.0.0."
+        ) from error
+    if not loopback and not encrypted:
+        raise UsageError(
+            f"Without TLS the gateway does not listen on {host}: keys and text would be readable on the network.",
+            hint="Give --tls-cert and --tls-key, or listen on 127.0.0.1 behind an SSH tunnel or a TLS proxy.",
         )
+    return address
+
+
+def _listen(host: str, port: int, *, encrypted: bool) -> socket.socket:
+    address = check_exposure(host, encrypted=encrypted)
     if not 0 <= port <= 65535:
         raise UsageError(f"There is no port {port}.", hint="Choose one from 1 to 65535, or 0 for any free one.")
     family = socket.AF_INET6 if ":" in address else socket.AF_INET

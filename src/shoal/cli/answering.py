@@ -1,0 +1,177 @@
+"""What `shoal up` and `shoal gateway` run: one driver for each model, all behind one HTTP API."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shoal.client.served import SwarmModel
+    from shoal.compute.facts import ModelFacts
+    from shoal.gateway.metrics import Metrics
+    from shoal.gateway.served import ReadyState
+    from shoal.gateway.server import TlsFiles
+    from shoal.net.seed import Seed
+    from shoal.net.tls import TlsTransport
+    from shoal.net.worker import Worker
+    from shoal.wire.messages import WireType
+
+STREAMS_END_S = 3.0
+"""Running answers that end by themselves within this time of a stop are whole; the others are told that they are not.
+Well below what `shoal up` grants a stopping gateway (launch/local.py): one that was killed can tell nobody."""
+
+Place = Callable[["ModelFacts"], Awaitable[list[str]]]
+"""place(facts) -> why the blocks lie where they lie, once every server has been given its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A model that the gateway answers for: its name in the API, and the directory with its tokenizer and both ends."""
+
+    name: str
+    model_dir: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a gateway answers, where, and how it computes its part of the models."""
+
+    home: Path
+    """The directory with the API keys (accounts.sqlite)."""
+    offers: tuple[Offer, ...]
+    host: str = "127.0.0.1"
+    port: int = 0
+    tls: TlsFiles | None = None
+    hosts: tuple[str, ...] = ()
+    """Names, besides the loopback ones, by which the API may be addressed."""
+    dtype: str = "float32"
+    wire: WireType = "f32"
+    device: str = "cpu"
+    exact: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One model at work."""
+
+    model: SwarmModel
+    worker: Worker
+
+    async def close(self) -> None:
+        await self.model.close()
+        self.worker.close()
+
+
+async def answer(
+    plan: Plan,
+    seed: Seed,
+    transport: TlsTransport,
+    node: str,
+    announce: Callable[[str, dict[str, SwarmModel]], None],
+    *,
+    place: Place | None = None,
+) -> None:
+    """Answer HTTP until cancelled. With `place`, not before every block of every model is hosted.
+
+    `announce(url, models)` is called once requests are taken.
+    """
+    import gc
+
+    from shoal.gateway.accounts import Accounts
+    from shoal.gateway.app import create_app
+    from shoal.gateway.limits import Limits
+    from shoal.gateway.metrics import Metrics
+    from shoal.gateway.server import serve
+
+    metrics = Metrics()
+    parts: list[_Part] = []
+    accounts = Accounts(plan.home / "accounts.sqlite")
+    try:
+        for offer in plan.offers:
+            parts.append(await _start(plan, offer, seed, transport, node, metrics, place))
+        models = {part.model.name: part.model for part in parts}
+
+        def view_changed() -> None:
+            for model in models.values():
+                model.view_changed()
+
+        async def ready() -> ReadyState:
+            return _ready(models)
+
+        async def status() -> dict[str, Any]:
+            return await _status(models)
+
+        seed.on_change = view_changed
+        if place is not None:
+            await seed.wait_for(lambda records: not any(model.missing() for model in models.values()))
+        app = create_app(models, accounts, ready=ready, status=status, metrics=metrics, hosts=plan.hosts)
+        limits = Limits(shutdown_s=STREAMS_END_S)
+        async with serve(app, plan.host, plan.port, limits=limits, tls=plan.tls) as listening:
+            gc.freeze()  # as in server_process.py
+            announce(listening.url, models)
+            await asyncio.Event().wait()  # until cancelled
+    finally:
+        for part in parts:
+            await part.close()
+        accounts.close()
+
+
+async def _start(
+    plan: Plan,
+    offer: Offer,
+    seed: Seed,
+    transport: TlsTransport,
+    node: str,
+    metrics: Metrics,
+    place: Place | None,
+) -> _Part:
+    """Load both ends of a model and drive it."""
+    from functools import partial
+
+    import torch
+
+    from shoal.client.driver import Driver, DriverConfig
+    from shoal.client.served import SwarmModel, load_tokenizer
+    from shoal.compute.facts import describe
+    from shoal.compute.head import HeadEngine
+    from shoal.compute.split import build_ends
+    from shoal.net.worker import Worker
+
+    worker = Worker(f"head of {offer.name}", partial(torch.set_num_threads, 1))
+    dtype: torch.dtype = getattr(torch, plan.dtype)
+    facts = await worker.call(describe, offer.model_dir)
+    tokenizer = await worker.call(load_tokenizer, offer.model_dir)
+    placing = None if place is None else asyncio.ensure_future(place(facts))
+    ends = await worker.call(lambda: build_ends(offer.model_dir, dtype=dtype, device=plan.device))
+    driver = Driver(
+        facts,
+        HeadEngine(ends, exact=plan.exact),
+        node=node,
+        transport=transport,
+        directory=seed.directory,
+        config=DriverConfig(wire=plan.wire),
+        worker=worker,
+        on_recovered=lambda recovered: metrics.failover(recovered.cause),
+    )
+    driver.start()
+    reasons = [] if placing is None else await placing
+    model = SwarmModel(offer.name, driver, seed.directory, tokenizer, eos_ids=ends.eos_ids, placement=reasons)
+    return _Part(model, worker)
+
+
+def _ready(models: Mapping[str, SwarmModel]) -> ReadyState:
+    """Ready when every model can be answered for; the reason names the blocks that are missing."""
+    from shoal.gateway.served import ReadyState
+
+    missing = {name: model.missing() for name, model in models.items()}
+    reasons = [f"No server hosts blocks {', '.join(parts)} of {name}." for name, parts in missing.items() if parts]
+    return ReadyState(not reasons, " ".join(reasons), {name: not parts for name, parts in missing.items()})
+
+
+async def _status(models: Mapping[str, SwarmModel]) -> dict[str, Any]:
+    """One model's status as it is; of several, the first one's, with all of them under "models"."""
+    found = [await model.status() for model in models.values()]
+    return found[0] if len(found) == 1 else {**found[0], "models": found}
