@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from shoal.errors import Full, SwarmIncomplete
+from shoal.errors import Full, NotFinite, SwarmIncomplete
 from shoal.spec.ids import BlockRange
 from shoal.swarm.routing import Hop
 from shoal.swarm.session import (
@@ -224,6 +224,19 @@ def test_a_broken_push_link_blames_the_next_server_but_only_softly() -> None:
     for swarm, replacement in ((with_spares(), "b2"), (Swarm(a=FIRST, b=LAST), "b")):
         actions = live(swarm).on_message("a", msg.Gone([ID], "next_lost", ""), 1.0)
         assert names(actions) == [("b", "Close"), (replacement, "Open")]
+
+
+def test_numbers_that_are_not_finite_twice_are_nobodys_failure_and_end_the_session_with_their_name() -> None:
+    session = live(with_spares())
+    actions = session.on_message("b", msg.Gone([ID], "not_finite", "row 0 holds NaN"), 1.0)
+    assert names(actions) == [("b", "Close"), ("b2", "Open")]
+    opened(session, "b2", epoch=2)
+    session.on_message("a", msg.Relinked(ID, 2, 0), 1.0)
+    actions = session.on_message("b2", msg.Gone([ID], "not_finite", "row 0 holds NaN"), 2.0)
+    (failed,) = [action for action in actions if isinstance(action, Failed)]
+    assert isinstance(failed.error, NotFinite)
+    assert "row 0 holds NaN" in str(failed.error)
+    assert session.ended
 
 
 def test_answers_about_an_earlier_plan_are_ignored() -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -387,7 +387,8 @@ class BlockServer:
                 if isinstance(out, BaseException):
                     # Its numbers went wrong or memory ran out: this session moves elsewhere, the others go on.
                     log.error("a step of session %s failed", work.session.hex()[:8], exc_info=out)
-                    self._perform(serving.on_failed([work], _public(out), now))
+                    code: Literal["failed", "not_finite"] = "not_finite" if isinstance(out, NotFinite) else "failed"
+                    self._perform(serving.on_failed([work], _public(out), now, code=code))
             rows = sum(work.item.rows for work in works)
             self._speed.measured(rows=rows, blocks=len(serving.config.blocks), took_ms=took_ms)
         elif not self._broken.done():

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from shoal.spec.ids import BlockRange
 from shoal.swarm.admission import CachePool
@@ -214,7 +214,9 @@ class Serving:
                 by_driver.setdefault(session.driver, []).append(session.id)
         return self._gone(by_driver, "next_lost", f"The connection to {node} broke.")
 
-    def on_failed(self, works: Sequence[Work], message: str, now: float) -> list[Action]:
+    def on_failed(
+        self, works: Sequence[Work], message: str, now: float, *, code: Literal["failed", "not_finite"] = "failed"
+    ) -> list[Action]:
         """Computing a batch failed; its sessions cannot go on here."""
         by_driver: dict[str, list[bytes]] = {}
         actions: list[Action] = []
@@ -223,7 +225,7 @@ class Serving:
             if session is not None and session.generation == work.generation:
                 by_driver.setdefault(session.driver, []).append(session.id)
                 actions += self._forget(session, now)
-        return self._gone(by_driver, "failed", message) + actions
+        return self._gone(by_driver, code, message) + actions
 
     def drain(self) -> list[Action]:
         """Take no new sessions and ask every driver to move its own elsewhere."""

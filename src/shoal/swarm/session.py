@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from shoal.errors import Full, ShoalError, SwarmIncomplete
+from shoal.errors import Full, NotFinite, ShoalError, SwarmIncomplete
 from shoal.spec.ids import BlockRange
 from shoal.swarm.routing import Hop
 from shoal.wire import messages as msg
@@ -32,6 +32,11 @@ Payload = Any
 
 Plan = Callable[[BlockRange, frozenset[str], int, float], Sequence[Hop] | None]
 """plan(blocks, avoid, need_tokens, now) -> hops that cover the blocks in order, or None."""
+
+
+NOT_FINITE_TRIES = 2
+"""So often a session's numbers may turn out infinite or NaN without any progress in between. Once may be a server's
+broken memory; twice is the model or its input, and no third server would do better."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +246,7 @@ class Session:
         self._asked_at: float | None = None
         self._progress_at = 0.0
         self._replans_since_progress = 0
+        self._not_finite = 0
         self._loss: _Loss | None = None
         self._full_retry_s: float | None = None
 
@@ -306,6 +312,16 @@ class Session:
                 at = self._stages.index(stage)
                 after = self._stages[at + 1 : at + 2]
                 return self._lose(after, "link", now, reachable=True)
+            if message.code == "not_finite":
+                self._not_finite += 1
+                if self._not_finite >= NOT_FINITE_TRIES:
+                    return self._fail_with(
+                        NotFinite(
+                            f"The numbers of this request are not finite after block {stage.hop.blocks.start}, on"
+                            f" {NOT_FINITE_TRIES} attempts: {message.message}",
+                            hint="Are the weights intact, and is the type they run in (--dtype) wide enough for them?",
+                        )
+                    )
             if message.code == "draining" and self.live:
                 stage.leaving = True
                 return self._hand_over(stage, now)
@@ -341,6 +357,7 @@ class Session:
         if not actions:
             return self._feed_first()
         self._replans_since_progress = 0
+        self._not_finite = 0
         if self._loss is not None and self.live:
             loss, self._loss = self._loss, None
             self.counters.recoveries += 1
@@ -487,6 +504,9 @@ class Session:
                 hint="See which blocks are missing with: shoal status --explain",
                 retry_after_s=self._config.patience_s,
             )
+        return self._fail_with(error)
+
+    def _fail_with(self, error: ShoalError) -> list[Action]:
         return [*self.close(), Failed(error)]
 
     def _plan_runs(self, now: float) -> list[_Stage] | None:
