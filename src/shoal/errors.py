@@ -89,6 +89,13 @@ class Full(ShoalError):
     http_status = 429
 
 
+class DiskFull(ShoalError):
+    """A disk of this machine, or the user's share of it, has no room for a file that is needed."""
+
+    code = "disk_full"
+    exit_code = 5
+
+
 class SwarmIncomplete(ShoalError):
     """Some blocks of the model are hosted by no live server, so no chain can be built."""
 

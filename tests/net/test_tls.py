@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import datetime
 import socket
@@ -11,19 +12,26 @@ import struct
 from collections.abc import Callable
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+from support import audit
 from support.messages import step
-from support.networks import FAST, OverTls, Relay, authority, identity, run
+from support.networks import FAST, OverTls, Relay, authority, identity, issuer, run
 
 from shoal.errors import PeerLost, ProtocolError, Refused, UsageError
 from shoal.net import tls
-from shoal.net.identity import NodeIdentity, issue_node
+from shoal.net.identity import NodeIdentity, certify, issue_node
 from shoal.net.tls import TlsTransport
 from shoal.net.transport import Address, Conn, Heartbeat
 from shoal.wire import codec
 from shoal.wire.frames import FrameReader, FrameWriter
-from shoal.wire.messages import Fault, Hello, Message, Ping
+from shoal.wire.messages import PROTOCOL_VERSION, Fault, Hello, Message, Ping
 
 ANY_PORT = "tcp://127.0.0.1:0"
+
+
+def ders(cert_pem: bytes) -> list[bytes]:
+    return [cert.public_bytes(Encoding.DER) for cert in x509.load_pem_x509_certificates(cert_pem)]
 
 
 async def forbidden(conn: Conn) -> None:
@@ -101,7 +109,10 @@ def test_a_dialer_without_certificate_hears_nothing(fast_loop: bool) -> None:
 @pytest.mark.parametrize("fast_loop", [False, True], ids=["asyncio", "uvloop"])
 def test_a_listener_of_another_swarm_or_with_an_expired_certificate_is_refused(fast_loop: bool) -> None:
     async def scenario() -> None:
-        for node, says in ((identity("server", swarm="other"), "self-signed"), (expired("server"), "has expired")):
+        for node, says in (
+            (identity("server", swarm="other"), "self-signed|unable to get"),
+            (expired("server"), "has expired"),
+        ):
             listener = await TlsTransport(node, FAST).listen(ANY_PORT, forbidden)
             with pytest.raises(Refused, match=says):
                 await TlsTransport(identity("gateway"), FAST).dial([listener.address])
@@ -280,11 +291,111 @@ def test_nothing_readable_passes_over_the_wire() -> None:
     run(scenario)
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "[::]", "192.0.2.1", "example.org"])
-def test_nothing_listens_beyond_this_machine(host: str) -> None:
+@pytest.mark.parametrize("dialer", [expired, foreign])
+def test_an_address_that_other_machines_reach_asks_for_the_same_certificates(
+    dialer: Callable[[], NodeIdentity],
+) -> None:
     async def scenario() -> None:
-        with pytest.raises(UsageError, match="can be reached from other machines") as caught:
-            await TlsTransport(identity("server")).listen(f"tcp://{host}:0", forbidden)
-        assert "127.0.0.1" in caught.value.hint
+        listener = await TlsTransport(identity("server"), FAST).listen("tcp://0.0.0.0:0", forbidden)
+        with pytest.raises(Refused):
+            await TlsTransport(dialer(), FAST).dial([f"tcp://127.0.0.1:{Address.parse(listener.address).port}"])
+        await listener.close()
+        assert audit.take() == ["socket.bind to ('0.0.0.0', 0)"]
+
+    run(scenario)
+
+
+def test_an_address_of_another_machine_cannot_be_listened_on() -> None:
+    async def scenario() -> None:
+        with pytest.raises(UsageError, match="Cannot listen on") as caught:
+            await TlsTransport(identity("server")).listen("tcp://192.0.2.1:0", forbidden)
+        assert "an address of this machine" in caught.value.hint
+        assert audit.take() == ["socket.bind to ('192.0.2.1', 0)"]
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("fast_loop", [False, True], ids=["asyncio", "uvloop"])
+def test_a_renewed_certificate_is_shown_from_then_on_and_connections_stay(fast_loop: bool) -> None:
+    async def scenario() -> None:
+        short = issue_node(issuer(), "server", lifetime=datetime.timedelta(minutes=5))
+        key = x509.load_pem_x509_certificate(short.cert_pem).public_key()
+        longer = short.renewed(ders(certify(issuer(), "server", key, labels=["trusted"])))  # type: ignore[arg-type]
+        transport = TlsTransport(short, FAST)
+        listener = await transport.listen(ANY_PORT, hold)
+        old = await TlsTransport(identity("gateway"), FAST).dial([listener.address])
+        transport.renew(longer)
+        new = await TlsTransport(identity("gateway"), FAST).dial([listener.address], expect_node=short.peer.node)
+        assert (old.peer.labels, new.peer.labels) == ((), ("trusted",))
+        assert old.is_open
+        await old.close()
+        await new.close()
+        await listener.close()
+
+    run(scenario, fast_loop=fast_loop)
+
+
+def test_another_nodes_certificate_is_no_renewal() -> None:
+    with pytest.raises(ValueError, match="another node"):
+        TlsTransport(identity("server")).renew(identity("server"))
+
+
+@pytest.mark.parametrize("fast_loop", [False, True], ids=["asyncio", "uvloop"])
+def test_a_refused_node_loses_its_connections_at_once_and_gets_no_new_one_either_way(fast_loop: bool) -> None:
+    async def scenario() -> None:
+        listening, dialing, other = identity("server"), identity("gateway"), identity("gateway")
+        ends: list[str] = []
+
+        async def note(conn: Conn) -> None:
+            try:
+                await conn.receive()
+            except PeerLost as error:
+                ends.append(str(error))
+                raise
+
+        server, gateway = TlsTransport(listening, FAST), TlsTransport(dialing, FAST)
+        there = await server.listen(ANY_PORT, note)
+        here = await gateway.listen(ANY_PORT, note)
+        inward = await gateway.dial([there.address])
+        outward = await server.dial([here.address])
+        kept = await TlsTransport(other, FAST).dial([there.address])
+        server.refuse(frozenset({dialing.peer.node}))
+        with pytest.raises(PeerLost, match="was removed from the swarm"):
+            await outward.receive()
+        with pytest.raises(PeerLost):
+            await inward.receive()
+        assert f"gateway {dialing.peer.node[:8]} was removed from the swarm." in ends
+        with pytest.raises(Refused, match="was removed from the swarm"):
+            await gateway.dial([there.address])
+        with pytest.raises(Refused, match="was removed from the swarm"):
+            await server.dial([here.address])
+        assert kept.is_open
+        server.refuse(frozenset())
+        await (await gateway.dial([there.address])).close()
+        for conn in (inward, outward, kept):
+            await conn.close()
+        await here.close()
+        await there.close()
+
+    run(scenario, fast_loop=fast_loop)
+
+
+def test_a_node_that_is_refused_while_it_is_being_greeted_gets_no_further() -> None:
+    async def scenario() -> None:
+        gateway = identity("gateway")
+        transport = TlsTransport(identity("server"), FAST)
+        listener = await transport.listen(ANY_PORT, forbidden)
+        target = Address.parse(listener.address)
+        reader, writer = await asyncio.open_connection(
+            target.host, target.port, ssl=gateway.client_context(), server_hostname=""
+        )
+        while not any(conn.proven for conn in transport._conns):
+            await asyncio.sleep(0)
+        transport.refuse(frozenset({gateway.peer.node}))
+        writer.write(framed(Hello(PROTOCOL_VERSION, gateway.peer.swarm, gateway.peer.node, "gateway")))
+        with contextlib.suppress(ConnectionResetError):
+            assert await reader.read() == b""
+        writer.transport.abort()
+        await listener.close()
 
     run(scenario)

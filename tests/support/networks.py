@@ -8,15 +8,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import cache
 from typing import Any, Protocol
 
 import uvloop
 
 from shoal.net.connection import Conn, ConnSettings
-from shoal.net.identity import Authority, NodeIdentity, Peer, Role, create_ca, issue_node, peer_of_certificate
+from shoal.net.identity import (
+    Authority,
+    NodeIdentity,
+    Peer,
+    Role,
+    create_ca,
+    create_issuer,
+    issue_node,
+    peer_of_certificate,
+)
 from shoal.net.memory import MemoryNetwork, MemoryTransport
 from shoal.net.tls import TlsTransport
 from shoal.net.transport import Address, Heartbeat, Listener, Transport
@@ -31,8 +39,13 @@ def authority(name: str = "demo") -> Authority:
     return _authority(name)
 
 
-def identity(role: Role, swarm: str = "demo") -> NodeIdentity:
-    return issue_node(authority(swarm), role)
+def issuer(name: str = "demo") -> Authority:
+    """The issuing authority below `authority(name)`."""
+    return _issuer(name)
+
+
+def identity(role: Role, swarm: str = "demo", *, labels: Sequence[str] = ()) -> NodeIdentity:
+    return issue_node(issuer(swarm), role, labels=labels)
 
 
 def claiming(node: NodeIdentity, /, **claims: Any) -> NodeIdentity:
@@ -177,6 +190,11 @@ def _authority(name: str) -> Authority:
     return create_ca(name)
 
 
+@cache
+def _issuer(name: str) -> Authority:
+    return create_issuer(authority(name))
+
+
 def certified(node: NodeIdentity) -> Peer:
     """What the certificate of `node` says, whatever the node itself claims."""
-    return peer_of_certificate(ssl.PEM_cert_to_DER_cert(node.cert_pem.decode()))
+    return peer_of_certificate(node.chain_der[0])

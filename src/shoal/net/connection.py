@@ -131,6 +131,11 @@ class Conn:
         return self._peer
 
     @property
+    def proven(self) -> Peer | None:
+        """Whom the other side's certificate belongs to; None until TLS has checked it. It may not be greeted yet."""
+        return self._proven
+
+    @property
     def is_open(self) -> bool:
         return self._peer is not None and self._error is None
 
@@ -213,9 +218,9 @@ class Conn:
             self._cut_stream()
             await asyncio.wait([self._gone], timeout=self._settings.close_timeout_s)
 
-    def abort(self) -> None:
-        """Cut the connection at once, sending nothing more."""
-        self._end(PeerLost("This side cut the connection."), flush=False)
+    def abort(self, reason: str = "This side cut the connection.") -> None:
+        """Cut the connection at once, sending nothing more. `reason` is what `receive` and `send` raise here."""
+        self._end(PeerLost(reason), flush=False)
 
     def statistics(self) -> ConnStatistics:
         return ConnStatistics(

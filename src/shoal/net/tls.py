@@ -13,6 +13,7 @@ import asyncio
 import errno
 import socket
 import ssl
+import weakref
 from collections.abc import Sequence
 
 from shoal.errors import PeerLost, Refused, ShoalError, UsageError
@@ -34,21 +35,60 @@ class TlsTransport:
     """One node's way to the others. `identity` is what it proves; the settings hold for all its connections."""
 
     def __init__(self, identity: NodeIdentity, settings: ConnSettings | None = None) -> None:
-        self._identity = identity
         self._settings = settings or ConnSettings()
+        self._refused: frozenset[str] = frozenset()
+        self._conns: weakref.WeakSet[Conn] = weakref.WeakSet()
+        """Every connection that may be alive, in both directions, those being greeted included."""
+        self._use(identity)
+
+    def _use(self, identity: NodeIdentity) -> None:
+        self._identity = identity
         self._server_context = identity.server_context()
         self._client_context = identity.client_context()
 
+    @property
+    def identity(self) -> NodeIdentity:
+        return self._identity
+
+    def renew(self, identity: NodeIdentity) -> None:
+        """Show another certificate of the same node from the next handshake on. Connections that stand stay."""
+        if identity.peer.node != self._identity.peer.node:
+            raise ValueError(f"{identity} is another node than {self._identity}")
+        self._use(identity)
+
+    def refuse(self, nodes: frozenset[str]) -> None:
+        """Speak to none of these nodes any more: connections with them are cut now, new ones refused, in both
+        directions. `nodes` replaces the nodes that were refused so far."""
+        self._refused = nodes
+        for conn in list(self._conns):
+            if conn.proven is not None and conn.proven.node in nodes:
+                conn.abort(f"{conn.proven} was removed from the swarm.")
+
     async def listen(self, address: str, on_conn: OnConn) -> TlsListener:
-        """See Transport.listen. Loopback addresses only; port 0 takes a free one."""
+        """See Transport.listen. Port 0 takes a free one."""
         wanted = Address.parse(address)
-        if not wanted.is_loopback:
-            raise UsageError(
-                f"{wanted} can be reached from other machines, which this release does not offer.",
-                hint="Listen on tcp://127.0.0.1:PORT.",
-            )
-        sock = await _bind(wanted)
-        return TlsListener(sock, wanted.host, self._identity.peer, self._server_context, self._settings, on_conn)
+        return TlsListener(await _bind(wanted), wanted.host, self, self._settings, on_conn)
+
+    def accept(self) -> tuple[Conn, asyncio.BaseProtocol, ssl.SSLContext]:
+        """What one accepted socket is to be served with, as of now."""
+        conn = self._conn(dialed=False)
+        return conn, _TlsProtocol(conn, self._prove), self._server_context
+
+    def _conn(self, *, dialed: bool, expect_node: str | None = None) -> Conn:
+        conn = Conn(self._identity.peer, self._settings, dialed=dialed, expect_node=expect_node)
+        self._conns.add(conn)
+        return conn
+
+    def _prove(self, transport: asyncio.BaseTransport) -> Peer:
+        """Who the other side is, from the certificate that TLS has verified."""
+        tls = transport.get_extra_info("ssl_object")
+        der = tls.getpeercert(binary_form=True) if tls is not None else None
+        if not der:
+            raise Refused("The peer showed no certificate.")
+        peer = peer_of_certificate(der)
+        if peer.node in self._refused:
+            raise Refused(f"{peer} was removed from the swarm.")
+        return peer
 
     async def dial(self, addresses: Sequence[str], *, expect_node: str | None = None, timeout_s: float = 5.0) -> Conn:
         """See Transport.dial."""
@@ -67,10 +107,10 @@ class TlsTransport:
         )
 
     async def _dial_one(self, address: Address, expect_node: str | None) -> Conn:
-        conn = Conn(self._identity.peer, self._settings, dialed=True, expect_node=expect_node)
+        conn = self._conn(dialed=True, expect_node=expect_node)
         try:
             await asyncio.get_running_loop().create_connection(
-                lambda: _TlsProtocol(conn, _prove),
+                lambda: _TlsProtocol(conn, self._prove),
                 address.host,
                 address.port,
                 ssl=self._client_context,
@@ -100,15 +140,13 @@ class TlsListener:
         self,
         sock: socket.socket,
         host: str,
-        peer: Peer,
-        context: ssl.SSLContext,
+        transport: TlsTransport,
         settings: ConnSettings,
         on_conn: OnConn,
     ) -> None:
         self._sock = sock
         self._address = str(Address(host, sock.getsockname()[1]))
-        self._peer = peer
-        self._context = context
+        self._transport = transport
         self._settings = settings
         self._handshakes = asyncio.Semaphore(_MAX_HANDSHAKES)
         self._acceptor = Acceptor(on_conn)
@@ -145,12 +183,12 @@ class TlsListener:
                 self._acceptor.admit(self._handshake(sock))
 
     async def _handshake(self, sock: socket.socket) -> Conn:
-        conn = Conn(self._peer, self._settings, dialed=False)
+        conn, protocol, context = self._transport.accept()
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
-                lambda: _TlsProtocol(conn, _prove),
+                lambda: protocol,
                 sock,
-                ssl=self._context,
+                ssl=context,
                 ssl_handshake_timeout=self._settings.greeting_timeout_s,
                 ssl_shutdown_timeout=_SHUTDOWN_TIMEOUT_S,
             )
@@ -179,15 +217,6 @@ class _TlsProtocol(ConnProtocol):
         super().connection_made(transport)
 
 
-def _prove(transport: asyncio.BaseTransport) -> Peer:
-    """Who the other side is, from the certificate that TLS has verified."""
-    tls = transport.get_extra_info("ssl_object")
-    der = tls.getpeercert(binary_form=True) if tls is not None else None
-    if not der:
-        raise Refused("The peer showed no certificate.")
-    return peer_of_certificate(der)
-
-
 async def _bind(address: Address) -> socket.socket:
     try:
         infos = await asyncio.get_running_loop().getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
@@ -209,4 +238,4 @@ async def _bind(address: Address) -> socket.socket:
 def _bind_error(address: Address, error: OSError) -> ShoalError:
     if error.errno == errno.EADDRINUSE:
         return UsageError(f"{address} is in use by another program.", hint="Choose another port, or 0 for a free one.")
-    return UsageError(f"Cannot listen on {address}: {error.strerror}.", hint="Listen on tcp://127.0.0.1:PORT.")
+    return UsageError(f"Cannot listen on {address}: {error.strerror}.", hint="Listen on an address of this machine.")
