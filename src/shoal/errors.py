@@ -104,6 +104,14 @@ class SwarmIncomplete(ShoalError):
     http_status = 503
 
 
+class PolicyUnmet(ShoalError):
+    """A trust zone demands labels that no suitable live node carries. Nothing was sent to any other."""
+
+    code = "policy_unmet"
+    exit_code = 3
+    http_status = 503
+
+
 class NotEnoughRoom(ShoalError):
     """The machines are too few or too small for the model; the message says by how much."""
 

@@ -12,14 +12,14 @@ from typing import Any
 
 from starlette.responses import Response
 
-from shoal.errors import Full, ShoalError, SwarmIncomplete, UsageError
+from shoal.errors import Full, PolicyUnmet, ShoalError, SwarmIncomplete, UsageError
 from shoal.gateway.replies import dumps
 
 # OpenAI's clients branch on the status and show `type`; these are the names their own API uses.
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 # Said when an error of this kind brings no time of its own; clients wait at least this long before they try again.
-_RETRY_AFTER_S = {"full": 1.0, "swarm_incomplete": 5.0}
+_RETRY_AFTER_S = {"full": 1.0, "swarm_incomplete": 5.0, "policy_unmet": 30.0}
 
 _PASSING = (408, 409, 429, 503)
 
@@ -47,7 +47,7 @@ class RequestError(UsageError):
 
 def shown_to_callers(error: ShoalError) -> bool:
     """True when the message was written for whoever sent the request."""
-    return isinstance(error, UsageError | Full | SwarmIncomplete)
+    return isinstance(error, UsageError | Full | SwarmIncomplete | PolicyUnmet)
 
 
 def status_of(error: ShoalError) -> int:

@@ -8,6 +8,9 @@ A server may be entered and left in the middle of its span. Because work grows e
 never pays to change servers at a border where neither the one span ends nor the other begins, so only those borders are
 searched: the cost depends on the number of servers, not of blocks. (Unless the way through a third machine is shorter
 than the direct one; a server is not used as a mere relay.)
+
+Under a trust zone a server offers only those of its blocks that its labels allow, so a chain that breaks the zone is
+never even considered, neither for a whole model nor for the few blocks that a lost server leaves.
 """
 
 from __future__ import annotations
@@ -17,9 +20,10 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Protocol
 
-from shoal.errors import SwarmIncomplete
+from shoal.errors import PolicyUnmet, SwarmIncomplete
 from shoal.spec.ids import BlockRange
 from shoal.swarm.estimates import Links
+from shoal.swarm.trust import Zones, allowed, written
 from shoal.wire.messages import Record
 
 QUEUE_ROW_SHARE = 0.25
@@ -67,7 +71,7 @@ class Chain:
 
 @dataclass(frozen=True, slots=True)
 class _Option:
-    """A server's usable blocks, clipped to what is asked."""
+    """A server's usable blocks, clipped to what is asked and what it may compute."""
 
     record: Record
     start: int
@@ -89,11 +93,14 @@ def route(
     links: Links | None = None,
     source: str = "",
     target: str | None = None,
+    zones: Sequence[Zones] = (),
 ) -> Chain | None:
     """The chain with the least expected latency for blocks `start` to `end` (default: all), or None when the servers
     that qualify do not cover them. `records` are live ones (`View.live`).
 
-    A server qualifies when it is online, hosts this model, is not in `avoid` and has `need_tokens` cache tokens free.
+    A server qualifies when it is online, hosts this model, is not in `avoid` and has `need_tokens` cache tokens free;
+    of its blocks those count that its labels allow under all `zones`. Labels are taken as the records say them: whoever
+    let a record in has compared it with the node's certificate.
     `source` is the node the first hop gets its input from, `target` (default: source) the one that takes the output.
     """
     end = num_blocks if end is None else end
@@ -101,7 +108,7 @@ def route(
     options = [
         option
         for record in sorted(records, key=lambda record: record.node)
-        if (option := _option(record, model, start, end, avoid, need_tokens, rng)) is not None
+        if (option := _option(record, model, start, end, avoid, need_tokens, rng, zones, num_blocks)) is not None
     ]
     # best[i] = (time until option i's output at its last block leaves i, border where i was entered, option before i).
     # Going through the borders in order, an option is entered where it starts or where another one ends.
@@ -137,12 +144,16 @@ def route(
     return Chain(_walk_back(options, entered, last, end), expected_ms)
 
 
-def missing_blocks(records: Iterable[Record], model: str, num_blocks: int) -> list[BlockRange]:
-    """The ranges of blocks that no online server hosts."""
+def missing_blocks(
+    records: Iterable[Record], model: str, num_blocks: int, zones: Sequence[Zones] = ()
+) -> list[BlockRange]:
+    """The ranges of blocks that no online server hosts and may compute under `zones`."""
     covered = [False] * num_blocks
     for record in records:
         if record.state == "online" and record.span is not None and record.span.model == model:
-            for block in range(record.span.start, min(record.span.end, num_blocks)):
+            if (may := allowed(zones, record.labels, num_blocks)) is None:
+                continue
+            for block in range(max(record.span.start, may.start), min(record.span.end, may.end)):
                 covered[block] = True
     missing = []
     begin = None
@@ -162,9 +173,10 @@ def why_no_chain(
     *,
     avoid: AbstractSet[str] = frozenset(),
     retry_after_s: float | None = None,
-) -> SwarmIncomplete | None:
-    """What is missing when `route` found nothing: blocks that nobody hosts, or whose servers cannot be reached. None
-    when every block is covered, so that something else is in the way."""
+    zones: Sequence[Zones] = (),
+) -> SwarmIncomplete | PolicyUnmet | None:
+    """What is missing when `route` found nothing: blocks that nobody hosts, that nobody hosts who may, or whose servers
+    cannot be reached. None when every block is covered, so that something else is in the way."""
     name = model.partition("@")[0]
     if missing := missing_blocks(records, model, num_blocks):
         return SwarmIncomplete(
@@ -172,8 +184,10 @@ def why_no_chain(
             hint="Start a server for these blocks, or wait for one that restarts; `shoal status` shows who is here.",
             retry_after_s=retry_after_s,
         )
+    if unmet := policy_unmet(records, model, num_blocks, zones, retry_after_s=retry_after_s):
+        return unmet
     reachable = [record for record in records if record.node not in avoid]
-    if lost := missing_blocks(reachable, model, num_blocks):
+    if lost := missing_blocks(reachable, model, num_blocks, zones):
         return SwarmIncomplete(
             f"The servers of blocks {', '.join(map(str, lost))} of {name} cannot be reached or refused the session.",
             hint="They are tried again soon; a second replica of these blocks (--replicas 2) would take over at once.",
@@ -182,8 +196,40 @@ def why_no_chain(
     return None
 
 
+def policy_unmet(
+    records: Iterable[Record],
+    model: str,
+    num_blocks: int,
+    zones: Sequence[Zones],
+    *,
+    retry_after_s: float | None = None,
+) -> PolicyUnmet | None:
+    """The refusal, when the live servers host every block but those that `zones` demand do not; else None. It names
+    blocks and labels, never a node: the caller who is refused may not know who is in the swarm."""
+    records = list(records)
+    if not any(zones) or missing_blocks(records, model, num_blocks):
+        return None
+    forbidden = missing_blocks(records, model, num_blocks, zones)
+    if not forbidden:
+        return None
+    return PolicyUnmet(
+        f"The trust zone {written(zones)} cannot be met: no live server of blocks {', '.join(map(str, forbidden))} of "
+        f"{model.partition('@')[0]} carries the labels it demands.",
+        hint="Start a server with that label for these blocks; `shoal status --explain` shows who carries which.",
+        retry_after_s=retry_after_s,
+    )
+
+
 def _option(
-    record: Record, model: str, start: int, end: int, avoid: AbstractSet[str], need_tokens: int, rng: Rng
+    record: Record,
+    model: str,
+    start: int,
+    end: int,
+    avoid: AbstractSet[str],
+    need_tokens: int,
+    rng: Rng,
+    zones: Sequence[Zones],
+    num_blocks: int,
 ) -> _Option | None:
     factor = 1.0 + JITTER * rng.random()  # drawn for every record, so that one more exclusion shifts no other's draw
     span = record.span
@@ -191,7 +237,10 @@ def _option(
         return None
     if record.cache_tokens_free < need_tokens:
         return None
-    first, last = max(span.start, start), min(span.end, end)
+    may = allowed(zones, record.labels, num_blocks) if zones else BlockRange(0, num_blocks)
+    if may is None:
+        return None
+    first, last = max(span.start, start, may.start), min(span.end, end, may.end)
     if first >= last:
         return None
     ms_per_block = record.decode_ms_per_block * factor
@@ -226,7 +275,8 @@ def _walk_back(
 
 def _without_returns(hops: list[Hop]) -> list[Hop]:
     """A server that a chain leaves and comes back to (for the sake of a much faster one in between) keeps the session
-    all the way: a session lives once on a server."""
+    all the way: a session lives once on a server. (It may compute what lies in between as well: what a server may
+    compute has no holes.)"""
     for i, hop in enumerate(hops):
         for j in range(len(hops) - 1, i, -1):
             if hops[j].node == hop.node:
