@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import random
 from itertools import combinations, pairwise, permutations
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.errors import NotEnoughRoom, UsageError
+from shoal.errors import NotEnoughRoom, PolicyUnmet, UsageError
 from shoal.spec.ids import BlockRange
 from shoal.swarm.placement import GIB, ModelNeeds, NodeOffer, place
+from shoal.swarm.trust import Zones
 
 
 def offers(*machines: tuple[float, int]) -> list[NodeOffer]:
@@ -144,3 +146,102 @@ def test_whatever_is_placed_fits_covers_everything_and_has_its_replicas(
     assert len({item.node for item in placement.assignments}) + len(placement.idle) == len(machines)
     for block in range(count):
         assert sum(block in item.blocks for item in placement.assignments) >= replicas
+
+
+# -- trust zones ------------------------------------------------------------------------------------------------------
+
+
+def labelled(*machines: tuple[float, int, str]) -> list[NodeOffer]:
+    """(ms per block, memory, label or nothing) of each; they are called a, b, c ..."""
+    return [
+        NodeOffer(chr(ord("a") + i), speed, memory, labels=(label,) if label else ())
+        for i, (speed, memory, label) in enumerate(machines)
+    ]
+
+
+ENDS = (Zones.parse("first=2:hq,last=1:hq"),)
+
+
+def test_labelled_machines_get_the_blocks_that_a_zone_demands_for_them() -> None:
+    machines = labelled((1.0, 100, ""), (1.0, 100, "hq"), (1.0, 100, "hq"))
+    placement = place(needs(9), machines, stages=3, zones=ENDS)
+    assert hosted(placement) == {"a": "3:6", "b": "0:3", "c": "6:9"}
+
+
+def test_a_machine_that_may_compute_nothing_useful_hosts_nothing_and_is_told_why() -> None:
+    placement = place(needs(4), labelled((1.0, 100, ""), (2.0, 100, "hq")), zones=(Zones.parse("all=hq"),))
+    assert hosted(placement) == {"b": "0:4"}
+    assert placement.idle == (("a", "its labels allow none of the spans under the trust zone all=hq"),)
+
+
+def test_replicas_of_a_span_that_a_zone_covers_all_carry_its_label() -> None:
+    machines = labelled((1.0, 100, ""), (1.0, 100, "hq"), (1.0, 100, ""), (1.0, 100, "hq"))
+    placement = place(needs(8), machines, stages=2, replicas=2, zones=(Zones.parse("first=2:hq"),))
+    assert hosted(placement) == {"b": "0:4", "d": "0:4", "a": "4:8", "c": "4:8"}
+
+
+def test_a_zone_that_no_placement_meets_is_refused_as_such_and_too_little_room_as_that() -> None:
+    machines = labelled((1.0, 100, ""), (1.0, 100, ""))
+    with pytest.raises(PolicyUnmet, match="not under the trust zone first=2:hq"):
+        place(needs(8), machines, zones=(Zones.parse("first=2:hq"),))
+    with pytest.raises(NotEnoughRoom):
+        place(needs(300), machines, zones=(Zones.parse("first=2:hq"),))
+    # One labelled machine cannot hold both ends when a third machine must stand between them.
+    with pytest.raises(PolicyUnmet):
+        place(needs(8), labelled((1.0, 4, "hq"), (1.0, 8, "")), stages=2, zones=ENDS)
+
+
+def test_no_placement_of_five_hundred_fleets_breaks_its_zone_and_none_that_fits_is_refused() -> None:
+    """The search tries every order of the machines and every cut; all machines differ, so no order is like another."""
+    refused = 0
+    for seed in range(500):
+        rng = random.Random(seed)
+        count, stages = rng.randint(2, 5), rng.randint(1, 3)
+        policy = rng.choice(("all=hq", "first=1:hq", "last=2:hq", "first=2:hq,last=1:hq", "first=1:hq,last=1:x"))
+        machines = [
+            NodeOffer(
+                f"n{i}",
+                rng.choice((1.0, 2.0)),
+                rng.randint(1, 5),
+                labels=tuple(rng.sample(("hq", "x"), rng.randint(0, 2))),
+            )
+            for i in range(rng.randint(stages, 4))
+        ]
+        possible = any(
+            all(
+                end - start <= machine.memory_bytes
+                and all(
+                    label in machine.labels for block in range(start, end) for label in wanted(policy, block, count)
+                )
+                for machine, (start, end) in zip(chosen, pairwise((0, *cuts, count)), strict=True)
+            )
+            for chosen in permutations(machines, stages)
+            for cuts in combinations(range(1, count), stages - 1)
+        )
+        try:
+            placement = place(needs(count), machines, stages=stages, zones=(Zones.parse(policy),))
+        except (PolicyUnmet, NotEnoughRoom, UsageError):
+            assert not possible, f"seed {seed}"
+            refused += 1
+            continue
+        assert possible, f"seed {seed}"
+        for item in placement.assignments:
+            labels = next(machine.labels for machine in machines if machine.node == item.node)
+            for block in range(item.blocks.start, item.blocks.end):
+                assert all(label in labels for label in wanted(policy, block, count)), f"seed {seed}"
+    assert 50 < refused < 450
+
+
+def wanted(policy: str, block: int, count: int) -> list[str]:
+    """The labels that a policy's text demands for one block."""
+    found = []
+    for demand in policy.split(","):
+        what, _, value = demand.partition("=")
+        number, _, label = value.rpartition(":")
+        if (
+            what == "all"
+            or (what == "first" and block < int(number))
+            or (what == "last" and block >= count - int(number))
+        ):
+            found.append(label)
+    return found

@@ -5,19 +5,25 @@ The decision is swarm/placement.py; this gathers the offers from the registry se
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from shoal.net.seed import Seed
 from shoal.swarm.placement import ModelNeeds, NodeOffer, Placement, place
+from shoal.swarm.trust import Zones
 from shoal.wire.messages import Assign, Record, Span
 
 
-async def assign_blocks(seed: Seed, model: str, needs: ModelNeeds, *, stages: int, replicas: int) -> Placement:
+async def assign_blocks(
+    seed: Seed, model: str, needs: ModelNeeds, *, stages: int, replicas: int, zones: Sequence[Zones] = ()
+) -> Placement:
     """Wait for stages * replicas servers, place the model over them, and tell each its blocks.
 
-    Raises NotEnoughRoom when the model does not fit on them.
+    Raises NotEnoughRoom when the model does not fit on them, PolicyUnmet when it would but for `zones`.
     """
     expected = stages * replicas
     records = await seed.wait_for(lambda records: len(_servers(records)) >= expected)
-    placement = place(needs, [_offer(record) for record in _servers(records)], stages=stages, replicas=replicas)
+    offers = [_offer(record) for record in _servers(records)]
+    placement = place(needs, offers, stages=stages, replicas=replicas, zones=zones)
     for assignment in placement.assignments:
         blocks = assignment.blocks
         seed.send(assignment.node, Assign(Span(model, blocks.start, blocks.end), assignment.reason[:1024]))

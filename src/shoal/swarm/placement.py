@@ -11,6 +11,11 @@ Machines are put into teams of as many as there are replicas, like with like, be
 replica. Stages take teams in that order, which a dynamic program over legal cuts then searches completely. Where every
 cut is legal and blocks have one size, no other order of the teams could do better: only the sizes of the spans matter,
 and any sizes can stand in any order. With uneven blocks or few legal cuts it is a good order, not a proven best one.
+
+Under a trust zone nobody gets a block that its labels do not allow (swarm/trust.py). Machines of like labels make up
+the teams, and the order is: those for the beginning, some that may compute everything, those for the middle, the others
+that may compute everything, those for the end. Every division of the ones that may compute everything is tried (up to
+2^6 of them; beyond that one for each number).
 """
 
 from __future__ import annotations
@@ -19,12 +24,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from shoal.errors import NotEnoughRoom, UsageError
+from shoal.errors import NotEnoughRoom, PolicyUnmet, UsageError
 from shoal.spec.ids import BlockRange
+from shoal.swarm.trust import Zones, allowed, written
 
 GIB = 1024**3
 HOP_MS = 1.0
 """What one more stage adds to a token, assumed for a local network; only breaks ties between equal stages."""
+DIVISIONS = 6
+"""Of at most this many teams that may compute everything, every division into two parts is tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +112,8 @@ class _Team:
     """Machines that host the same span: as fast as the slowest, as large as the smallest."""
 
     members: tuple[NodeOffer, ...]
+    may: BlockRange
+    """The blocks that the labels of all its members allow."""
 
     @property
     def ms_per_block(self) -> float:
@@ -114,22 +124,34 @@ class _Team:
         return min(member.memory_bytes for member in self.members)
 
 
-def place(needs: ModelNeeds, offers: Sequence[NodeOffer], *, stages: int | None = None, replicas: int = 1) -> Placement:
+def place(
+    needs: ModelNeeds,
+    offers: Sequence[NodeOffer],
+    *,
+    stages: int | None = None,
+    replicas: int = 1,
+    zones: Sequence[Zones] = (),
+) -> Placement:
     """Decide who hosts what. With `stages` given, exactly so many spans with `replicas` machines each; else as few
     stages as fit, and machines left over become further replicas.
 
-    Raises NotEnoughRoom with figures when the machines are too few or too small, UsageError for numbers that make no
-    sense (no machines, more stages than the model can be cut into)."""
+    Raises NotEnoughRoom with figures when the machines are too few or too small, PolicyUnmet when they would do but for
+    `zones`, UsageError for numbers that make no sense (no machines, more stages than the model can be cut into)."""
     borders = needs.borders()
     _check(needs, offers, stages, replicas, borders)
-    teams = _teams(needs, offers, replicas)
+    teams = _teams(needs, offers, replicas, zones)
     least = stages or 1
     most = stages or min(len(teams), len(borders) - 1)
     for count in range(least, most + 1):
-        limit_ms = _best_slowest(needs, teams, borders, count)
-        if limit_ms is not None:
-            spans = _best_total(needs, teams, borders, count, limit_ms)
-            return _finish(needs, offers, spans, fixed=stages is not None, replicas=replicas)
+        if (spans := _best(needs, _orders(needs, teams), borders, count)) is not None:
+            return _finish(needs, offers, spans, fixed=stages is not None, replicas=replicas, zones=zones)
+    if any(zones):
+        place(needs, offers, stages=stages, replicas=replicas)  # raises when the labels are not what is in the way
+        raise PolicyUnmet(
+            f"These machines could host the model, but not under the trust zone {written(zones)}: those with the labels"
+            " it demands are too few or too small, or the model cannot be cut where the zone ends.",
+            hint="Give more machines the label, or more memory to those that have it.",
+        )
     raise _no_room(needs, offers, teams, borders, stages, replicas)
 
 
@@ -156,27 +178,70 @@ def _check(
         )
 
 
-def _teams(needs: ModelNeeds, offers: Sequence[NodeOffer], replicas: int) -> list[_Team]:
-    """Groups of `replicas` machines: first those with room for everything, the fastest first, then by room. The last
-    few, when the number does not divide evenly, are left over."""
+def _teams(needs: ModelNeeds, offers: Sequence[NodeOffer], replicas: int, zones: Sequence[Zones] = ()) -> list[_Team]:
+    """Groups of `replicas` machines that may compute the same blocks: first those with room for everything, the
+    fastest first, then by room. The last few, when the number does not divide evenly, are left over; what different
+    labels leave over makes up teams that may compute what all members may."""
     total = needs.span_bytes(0, needs.num_blocks)
-    order = sorted(offers, key=lambda offer: (-min(offer.memory_bytes, total), offer.decode_ms_per_block, offer.node))
-    return [_Team(tuple(order[at : at + replicas])) for at in range(0, len(order) - replicas + 1, replicas)]
+    alike: dict[BlockRange, list[NodeOffer]] = {}
+    for offer in sorted(offers, key=lambda o: (-min(o.memory_bytes, total), o.decode_ms_per_block, o.node)):
+        if (may := allowed(zones, offer.labels, needs.num_blocks)) is not None:
+            alike.setdefault(may, []).append(offer)
+    teams: list[_Team] = []
+    rest: list[NodeOffer] = []
+    for may, group in sorted(alike.items()):
+        whole = len(group) - len(group) % replicas
+        teams += [_Team(tuple(group[at : at + replicas]), may) for at in range(0, whole, replicas)]
+        rest += group[whole:]
+    for at in range(0, len(rest) - replicas + 1, replicas):
+        mixed = rest[at : at + replicas]
+        ranges = [may for o in mixed if (may := allowed(zones, o.labels, needs.num_blocks)) is not None]
+        start, end = max(may.start for may in ranges), min(may.end for may in ranges)
+        if start < end:
+            teams.append(_Team(tuple(mixed), BlockRange(start, end)))
+    return teams
 
 
-def _best_slowest(needs: ModelNeeds, teams: Sequence[_Team], borders: Sequence[int], count: int) -> float | None:
-    """Least possible time of the slowest of `count` stages; None when nothing fits."""
-    found = _search(needs, teams, borders, count, limit_ms=None)
-    return found[0] if found is not None else None
+def _orders(needs: ModelNeeds, teams: Sequence[_Team]) -> list[list[_Team]]:
+    """The orders in which stages may take the teams; one when all may compute everything."""
+    n = needs.num_blocks
+    free = [team for team in teams if team.may == BlockRange(0, n)]
+    if len(free) == len(teams):
+        return [list(teams)]
+    begins = [team for team in teams if team.may.start == 0 and team.may.end < n]
+    middles = [team for team in teams if team.may.start > 0 and team.may.end < n]
+    ends = [team for team in teams if team.may.start > 0 and team.may.end == n]
+    if len(free) <= DIVISIONS:
+        early = [{i for i in range(len(free)) if chosen >> i & 1} for chosen in range(1 << len(free))]
+    else:
+        early = [set(range(count)) for count in range(len(free) + 1)]
+    return [
+        [
+            *begins,
+            *(team for i, team in enumerate(free) if i in chosen),
+            *middles,
+            *(team for i, team in enumerate(free) if i not in chosen),
+            *ends,
+        ]
+        for chosen in early
+    ]
 
 
-def _best_total(
-    needs: ModelNeeds, teams: Sequence[_Team], borders: Sequence[int], count: int, limit_ms: float
-) -> list[tuple[_Team, BlockRange]]:
-    """The stages with the least sum of times, none slower than `limit_ms`."""
-    found = _search(needs, teams, borders, count, limit_ms=limit_ms)
-    assert found is not None  # the first search found stages within this very limit
-    return found[1]
+def _best(
+    needs: ModelNeeds, orders: Sequence[Sequence[_Team]], borders: Sequence[int], count: int
+) -> list[tuple[_Team, BlockRange]] | None:
+    """`count` stages with the least time of the slowest, of those with the least sum; None when nothing fits."""
+    best: tuple[float, float, list[tuple[_Team, BlockRange]]] | None = None
+    for teams in orders:
+        slowest = _search(needs, teams, borders, count, limit_ms=None)
+        if slowest is None or (best is not None and slowest[0] > best[0]):
+            continue
+        limit_ms = slowest[0]
+        total = _search(needs, teams, borders, count, limit_ms=limit_ms)
+        assert total is not None  # the first search found stages within this very limit
+        if best is None or (limit_ms, total[0]) < best[:2]:
+            best = (limit_ms, total[0], total[1])
+    return None if best is None else best[2]
 
 
 def _search(
@@ -194,8 +259,12 @@ def _search(
         memory, speed = team.memory_bytes, team.ms_per_block
         for made in range(count - 1, -1, -1):
             for at, (cost, stages) in list(reached[made].items()):
+                if borders[at] < team.may.start:
+                    continue
                 for to in range(at + 1, last + 1):
                     stage_ms = (borders[to] - borders[at]) * speed
+                    if borders[to] > team.may.end:
+                        break
                     if bytes_to[to] - bytes_to[at] > memory or (limit_ms is not None and stage_ms > limit_ms):
                         break
                     new = max(cost, stage_ms) if limit_ms is None else cost + stage_ms + HOP_MS
@@ -217,7 +286,13 @@ _Stages = tuple[_Team, BlockRange, "_Stages"] | None
 
 
 def _finish(
-    needs: ModelNeeds, offers: Sequence[NodeOffer], spans: list[tuple[_Team, BlockRange]], *, fixed: bool, replicas: int
+    needs: ModelNeeds,
+    offers: Sequence[NodeOffer],
+    spans: list[tuple[_Team, BlockRange]],
+    *,
+    fixed: bool,
+    replicas: int,
+    zones: Sequence[Zones],
 ) -> Placement:
     assignments: list[Assignment] = []
     rate: dict[BlockRange, float] = {}
@@ -234,9 +309,14 @@ def _finish(
         if fixed:
             idle.append((offer.node, f"{len(spans)} spans with {replicas} replicas were asked for, and all are hosted"))
             continue
-        fitting = [blocks for blocks in rate if needs.span_bytes(blocks.start, blocks.end) <= offer.memory_bytes]
+        may = allowed(zones, offer.labels, needs.num_blocks)
+        permitted = [blocks for blocks in rate if may is not None and blocks in may]
+        if not permitted:
+            idle.append((offer.node, f"its labels allow none of the spans under the trust zone {written(zones)}"))
+            continue
+        fitting = [blocks for blocks in permitted if needs.span_bytes(blocks.start, blocks.end) <= offer.memory_bytes]
         if not fitting:
-            least = min(needs.span_bytes(blocks.start, blocks.end) for blocks in rate)
+            least = min(needs.span_bytes(blocks.start, blocks.end) for blocks in permitted)
             idle.append((offer.node, f"the smallest span needs {_gib(least)}, it offers {_gib(offer.memory_bytes)}"))
             continue
         weakest = min(fitting, key=lambda blocks: (rate[blocks], blocks))
