@@ -6,7 +6,7 @@ import asyncio
 import math
 import random
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,9 @@ from shoal.gateway.limits import Limits
 from shoal.gateway.metrics import Metrics
 from shoal.gateway.served import ReadyState
 from shoal.gateway.server import Listening, serve
+from shoal.spec.ids import BlockRange
 from shoal.spec.sampling import Sampled, SamplingParams
+from shoal.swarm.trust import Zones
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}"
@@ -73,6 +75,8 @@ class Call:
     max_tokens: int
     ignore_eos: bool
     request_id: str
+    zones: tuple[Zones, ...] = ()
+    on_host: Callable[[str, BlockRange], None] | None = None
     steps_done: int = 0
     closed: threading.Event = field(default_factory=threading.Event)
 
@@ -90,6 +94,7 @@ class ScriptedModel:
         self.context_length = context_length
         self.created = 1_700_000_000
         self.eos_ids = frozenset({tokenizer.eos_token_id})
+        self.zones: tuple[Zones, ...] = ()
         self.calls: list[Call] = []
         self.says("hello world")
 
@@ -113,9 +118,17 @@ class ScriptedModel:
         self.script = lambda call: sampled_tokens(call, len(self.tokenizer))
 
     async def generate(
-        self, prompt: list[int], params: SamplingParams, *, max_tokens: int, ignore_eos: bool, request_id: str
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        max_tokens: int,
+        ignore_eos: bool,
+        request_id: str,
+        zones: Sequence[Zones] = (),
+        on_host: Callable[[str, BlockRange], None] | None = None,
     ) -> AsyncGenerator[Sampled | None, None]:
-        call = Call(prompt, params, max_tokens, ignore_eos, request_id)
+        call = Call(prompt, params, max_tokens, ignore_eos, request_id, tuple(zones), on_host)
         self.calls.append(call)
         try:
             for step in self.script(call):

@@ -42,15 +42,17 @@ class Running:
 class InProcess:
     """Use as an async context manager, then `add` servers."""
 
-    def __init__(self, model_dir: Path, config: DriverConfig | None = None) -> None:
+    def __init__(self, model_dir: Path, config: DriverConfig | None = None, *, labels: Sequence[str] = ()) -> None:
+        """`labels` are the driving gateway's."""
         self.recovered: list[Recovered] = []
         self.servers: dict[str, Running] = {}
         self._model_dir = model_dir
         self._config = config or DriverConfig(session=SessionConfig(patience_s=1.0))
+        self._labels = labels
         self._network = MemoryNetwork()
 
     async def __aenter__(self) -> InProcess:
-        gateway = identity("gateway")
+        gateway = identity("gateway", labels=self._labels)
         transport = MemoryTransport(self._network, certified(gateway))
         self._seed = Seed(gateway.peer.node)
         self._listener = await transport.listen(ANY_PORT, self._seed.on_conn)
@@ -63,6 +65,7 @@ class InProcess:
             directory=self._seed.directory,
             config=self._config,
             worker=self._worker,
+            labels=gateway.peer.labels,
             on_recovered=self.recovered.append,
         )
         self._seed.on_change = self.driver.view_changed
@@ -79,11 +82,11 @@ class InProcess:
         await asyncio.gather(*(running.task for running in self.servers.values()))
         await self._listener.close()
 
-    async def add(self, *spans: str, cache_tokens: int = 1024) -> list[str]:
+    async def add(self, *spans: str, cache_tokens: int = 1024, labels: Sequence[str] = ()) -> list[str]:
         """Start a server for each span "START:END"; their node ids, once all are online."""
         nodes = []
         for span in spans:
-            server = identity("server")
+            server = identity("server", labels=labels)
             node = server.peer.node
             config = ServerConfig(
                 self._model_dir,
@@ -92,6 +95,7 @@ class InProcess:
                 blocks=BlockRange.parse(span),
                 memory_bytes=1 << 28,
                 cache_tokens=cache_tokens,
+                labels=server.peer.labels,
             )
             running = BlockServer(config, node, MemoryTransport(self._network, certified(server)))
             self.servers[node] = Running(running, asyncio.create_task(running.run(), name=f"server {span}"))

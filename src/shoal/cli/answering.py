@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from shoal.net.seed import Seed
     from shoal.net.tls import TlsTransport
     from shoal.net.worker import Worker
+    from shoal.swarm.trust import Zones
     from shoal.wire.messages import WireType
 
 STREAMS_END_S = 3.0
@@ -33,6 +34,8 @@ class Offer:
 
     name: str
     model_dir: Path
+    zones: tuple[Zones, ...] = ()
+    """Trust zones for every request to this model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,11 +157,21 @@ async def _start(
         directory=seed.directory,
         config=DriverConfig(wire=plan.wire),
         worker=worker,
+        labels=transport.identity.peer.labels,
         on_recovered=lambda recovered: metrics.failover(recovered.cause),
     )
     driver.start()
     reasons = [] if placing is None else await placing
-    model = SwarmModel(offer.name, driver, seed.directory, tokenizer, eos_ids=ends.eos_ids, placement=reasons)
+    model = SwarmModel(
+        offer.name,
+        driver,
+        seed.directory,
+        tokenizer,
+        eos_ids=ends.eos_ids,
+        placement=reasons,
+        zones=offer.zones,
+        labels=transport.identity.peer.labels,
+    )
     return _Part(model, worker)
 
 

@@ -46,6 +46,7 @@ def server_process(
 
     process.set_up_logging()
     torch.set_num_threads(1)
+    identity = NodeIdentity.load(swarm_dir / "nodes" / node)
     config = ServerConfig(
         model_dir=model,
         listen="tcp://127.0.0.1:0",
@@ -55,9 +56,9 @@ def server_process(
         device=device,
         memory_bytes=parse_bytes(memory),
         cache_tokens=cache_tokens,
+        labels=identity.peer.labels,
         exact=exact,
     )
-    identity = NodeIdentity.load(swarm_dir / "nodes" / node)
 
     async def main() -> None:
         server = BlockServer(config, identity.peer.node, TlsTransport(identity))

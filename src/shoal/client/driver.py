@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from shoal.client.sessions import Handle, Sessions
+from shoal.client.sessions import Handle, OnHost, Sessions
 from shoal.compute.activations import to_numpy, to_torch
 from shoal.compute.facts import ModelFacts
 from shoal.compute.head import HeadEngine
@@ -32,6 +32,7 @@ from shoal.net.transport import Transport
 from shoal.net.worker import Worker
 from shoal.spec.sampling import Sampled, SamplingParams
 from shoal.swarm.session import Recovered, SessionConfig
+from shoal.swarm.trust import Zones
 from shoal.wire import messages as msg
 from shoal.wire import rows as wire_rows
 from shoal.wire import tensors
@@ -89,8 +90,10 @@ class Driver:
         directory: Directory,
         config: DriverConfig | None = None,
         worker: Worker,
+        labels: Sequence[str] = (),
         on_recovered: Callable[[Recovered], None] = lambda recovered: None,
     ) -> None:
+        """`labels` are those in this node's own certificate: a trust zone may demand one of the embedding and head."""
         self.facts = facts
         self.tokens = 0
         self._head = head
@@ -105,6 +108,7 @@ class Driver:
             directory=directory,
             wire=self._config.wire,
             config=self._config.session,
+            labels=labels,
             on_recovered=on_recovered,
             on_frame_end=self._kick,
         )
@@ -136,11 +140,15 @@ class Driver:
         max_tokens: int,
         eos_ids: frozenset[int] = frozenset(),
         request_id: str = "",
+        zones: Sequence[Zones] = (),
+        on_host: OnHost | None = None,
     ) -> AsyncGenerator[Sampled | None, None]:
         """Yield None once the session is admitted, then every token, the end token included.
 
-        Raises ContextTooLong, Full or SwarmIncomplete; gateway/served.py says when. UsageError for an empty prompt or
-        max_tokens below 1.
+        Only servers that `zones` allow are used; `on_host` hears of each before it gets its first input.
+
+        Raises ContextTooLong, Full, SwarmIncomplete or PolicyUnmet; gateway/served.py says when. UsageError for an
+        empty prompt or max_tokens below 1.
         """
         if not prompt or max_tokens < 1:
             raise UsageError(f"{max_tokens} new tokens after a prompt of {len(prompt)}: both must be at least 1.")
@@ -159,6 +167,8 @@ class Driver:
             on_live=partial(self._on_live, run),
             on_failed=run.out.put_nowait,
             name=request_id,
+            zones=zones,
+            on_host=on_host,
         )
         self._runs.add(run)
         try:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from shoal.client.driver import Driver
+from shoal.client.sessions import OnHost
 from shoal.errors import ModelError
 from shoal.net.directory import Directory
 from shoal.spec.sampling import Sampled, SamplingParams
-from shoal.swarm.routing import missing_blocks
+from shoal.swarm.routing import missing_blocks, policy_unmet
+from shoal.swarm.trust import Zones, allowed, ends_unmet, written
 from shoal.wire.messages import Record
 
 
@@ -41,13 +43,18 @@ class SwarmModel:
         *,
         eos_ids: frozenset[int],
         placement: list[str] | None = None,
+        zones: Sequence[Zones] = (),
+        labels: Sequence[str] = (),
     ) -> None:
+        """`zones` hold for every request to this model; `labels` are this node's own."""
         self.name = name
         self.tokenizer = tokenizer
         self.context_length = driver.facts.context_length
         self.created = int(time.time())
         self.eos_ids = eos_ids
         self.placement_reasons = placement if placement is not None else []
+        self.zones = tuple(zones)
+        self._labels = tuple(labels)
         self._driver = driver
         self._directory = directory
 
@@ -59,6 +66,8 @@ class SwarmModel:
         max_tokens: int,
         ignore_eos: bool,
         request_id: str,
+        zones: Sequence[Zones] = (),
+        on_host: OnHost | None = None,
     ) -> AsyncGenerator[Sampled | None, None]:
         items = self._driver.generate(
             prompt,
@@ -66,6 +75,8 @@ class SwarmModel:
             max_tokens=max_tokens,
             eos_ids=frozenset() if ignore_eos else self.eos_ids,
             request_id=request_id,
+            zones=(*self.zones, *zones),
+            on_host=on_host,
         )
         try:
             async for item in items:
@@ -107,8 +118,28 @@ class SwarmModel:
             "missing": missing,
             "servers": servers,
             "driver": self._driver.statistics(),
-            "explain": list(self.placement_reasons),
+            "explain": [*self.placement_reasons, *self._explain_zones()],
+            "zones": written(self.zones),
+            "labels": sorted(self._labels),
         }
+
+    def _explain_zones(self) -> list[str]:
+        """What the model's trust zone leaves to each server, and why it is refused when it cannot be met."""
+        if not any(self.zones):
+            return []
+        facts, records = self._driver.facts, self._directory.live()
+        lines = [f"every request to this model is under the trust zone {written(self.zones)}"]
+        for record in records:
+            if record.role == "server":
+                may = allowed(self.zones, record.labels, facts.num_blocks)
+                carries = f"carries {', '.join(record.labels)}" if record.labels else "carries no label"
+                what = f"may compute blocks {may}" if may is not None else "may compute nothing of this model"
+                lines.append(f"{record.node} {carries}: {what}")
+        refusals = (
+            ends_unmet(self.zones, self._labels),
+            policy_unmet(records, facts.name, facts.num_blocks, self.zones),
+        )
+        return lines + [f"requests are refused: {refusal}" for refusal in refusals if refusal is not None]
 
 
 def _describe(record: Record, driven: int) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from shoal.errors import ProtocolError, ShoalError, SwarmIncomplete
 from shoal.net.directory import Directory
@@ -22,7 +23,8 @@ from shoal.net.transport import Transport
 from shoal.spec.ids import BlockRange
 from shoal.swarm import session as decide
 from shoal.swarm.estimates import Links
-from shoal.swarm.routing import Hop, route, why_no_chain
+from shoal.swarm.routing import Hop, policy_unmet, route, why_no_chain
+from shoal.swarm.trust import Zones, ends_unmet, permits
 from shoal.wire import messages as msg
 from shoal.wire import rows as wire_rows
 
@@ -31,9 +33,15 @@ log = logging.getLogger("shoal.client")
 TICK_S = 0.05
 SUSPECT_S = 3.0
 """How long a server whose connection broke is avoided; the registry knows better after that."""
+POLICY_RETRY_S = 30.0
+"""When to come back after a refusal for a trust zone: somebody has to start a machine."""
 FRAME_BYTES = 16 * 1024 * 1024
 """Steps that leave together share frames of about this size. The replay of one long session alone may take more than a
 frame may hold (wire.messages.MAX_BODY_BYTES)."""
+
+
+OnHost = Callable[[str, BlockRange], None]
+"""on_host(node, blocks): this node is about to be given inputs of these blocks, so its owner can read the text."""
 
 
 @dataclass(slots=True)
@@ -47,6 +55,10 @@ class Handle:
     """The chain stands (again)."""
     on_failed: Callable[[ShoalError], None]
     name: str
+    zones: tuple[Zones, ...] = ()
+    on_host: OnHost | None = None
+    hosts: set[tuple[str, BlockRange]] = field(default_factory=set)
+    """Who has been given inputs, and of which blocks."""
 
 
 @dataclass(slots=True)
@@ -70,10 +82,11 @@ class Sessions:
         directory: Directory,
         wire: msg.WireType,
         config: decide.SessionConfig | None = None,
+        labels: Sequence[str] = (),
         on_recovered: Callable[[decide.Recovered], None] = lambda recovered: None,
         on_frame_end: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_frame_end` is called after all rows of a frame were handed out."""
+        """`labels` are this node's own; `on_frame_end` is called after all rows of a frame were handed out."""
         self.counters = SessionCounters()
         self.wire = wire
         self._model = model
@@ -82,6 +95,7 @@ class Sessions:
         self._transport = transport
         self._directory = directory
         self._config = config or decide.SessionConfig()
+        self._labels = frozenset(labels)
         self._on_recovered = on_recovered
         self._on_frame_end = on_frame_end
         # Breaks ties between equal routes; nothing secret hangs on it.
@@ -118,19 +132,27 @@ class Sessions:
         on_live: Callable[[], None] = lambda: None,
         on_failed: Callable[[ShoalError], None],
         name: str = "",
+        zones: Sequence[Zones] = (),
+        on_host: OnHost | None = None,
     ) -> Handle:
-        """Open a session for at most `max_tokens` rows; `name` stands for it in logs."""
+        """Open a session for at most `max_tokens` rows; `name` stands for it in logs.
+
+        Only servers that `zones` allow are ever asked, also when a lost one is replaced; `on_host` is told of each,
+        once for every range of blocks. Raises PolicyUnmet, before anybody is asked, when the live servers would do but
+        for the zones, or when this node itself lacks a label that they demand of the embedding.
+        """
+        self._check_zones(zones)
         session = decide.Session(
             secrets.token_bytes(16),
             model=self._model,
             num_blocks=self._num_blocks,
             max_tokens=max_tokens,
             wire=self.wire,
-            plan=self._plan,
+            plan=partial(self._plan, tuple(zones)),
             results_from=results_from,
             config=self._config,
         )
-        handle = Handle(session, on_rows, on_live, on_failed, name or session.id.hex()[:8])
+        handle = Handle(session, on_rows, on_live, on_failed, name or session.id.hex()[:8], tuple(zones), on_host)
         self._handles[session.id] = handle
         self.counters.opened += 1
         self._perform(handle, session.start(time.monotonic()))
@@ -154,7 +176,18 @@ class Sessions:
 
     # --- decisions' helpers ----------------------------------------------------------------------------------
 
-    def _plan(self, blocks: BlockRange, avoid: frozenset[str], need_tokens: int, now: float) -> Sequence[Hop] | None:
+    def _check_zones(self, zones: Sequence[Zones]) -> None:
+        records = self._directory.view.live(time.monotonic())
+        for unmet in (
+            ends_unmet(zones, self._labels),
+            policy_unmet(records, self._model, self._num_blocks, zones, retry_after_s=POLICY_RETRY_S),
+        ):
+            if unmet is not None:
+                raise unmet
+
+    def _plan(
+        self, zones: tuple[Zones, ...], blocks: BlockRange, avoid: frozenset[str], need_tokens: int, now: float
+    ) -> Sequence[Hop] | None:
         view = self._directory.view
         chain = route(
             view.live(now),
@@ -167,13 +200,20 @@ class Sessions:
             end=blocks.end,
             links=self._rtts,
             source=self._node,
+            zones=zones,
         )
         return None if chain is None else chain.hops
 
     def view_changed(self) -> None:
-        """The registry changed: sessions that wait for servers look again."""
+        """The registry changed: sessions that wait for servers look again, and none stays with a server that has lost a
+        label it needs."""
+        now = time.monotonic()
         for handle in list(self._handles.values()):
-            self._perform(handle, handle.session.on_view_changed(time.monotonic()))
+            self._perform(handle, handle.session.on_view_changed(now))
+            for hop in handle.session.chain if handle.zones else ():
+                record = self._directory.view.get(hop.node)
+                if record is not None and not permits(handle.zones, record.labels, hop.blocks, self._num_blocks):
+                    self._perform(handle, handle.session.evict(hop.node, "label", now))
         self.flush()
 
     # --- actions out -----------------------------------------------------------------------------------------
@@ -188,20 +228,32 @@ class Sessions:
                 case decide.Tell(node, addresses, message):
                     # A session's steps and its control messages must reach a server in the order they were decided.
                     self.flush()
+                    if isinstance(message, msg.Relink):
+                        self._note_hosts(handle)
                     if not isinstance(message, msg.Close) or node in self._links:
                         self._link(node, addresses).send(message)
                 case decide.Live():
+                    self._note_hosts(handle)
                     was_live = True
                 case decide.Deliver(position, _, payload):
                     handle.on_rows(position, payload)
                 case decide.Failed(error):
-                    handle.on_failed(self._explained(error))
+                    handle.on_failed(self._explained(error, handle.zones))
                 case decide.Recovered():
                     self._note_recovery(handle, action)
         if was_live:
             handle.on_live()
 
-    def _explained(self, error: ShoalError) -> ShoalError:
+    def _note_hosts(self, handle: Handle) -> None:
+        """Inputs flow from the moment a chain stands, or a survivor is told to push to the new servers (it begins
+        before we hear of it). Whoever was only asked, and refused or died before that, has seen nothing."""
+        for hop in handle.session.chain:
+            if (hop.node, hop.blocks) not in handle.hosts:
+                handle.hosts.add((hop.node, hop.blocks))
+                if handle.on_host is not None:
+                    handle.on_host(hop.node, hop.blocks)
+
+    def _explained(self, error: ShoalError, zones: Sequence[Zones]) -> ShoalError:
         """A session knows that it found no chain; the registry knows which blocks are missing."""
         if not isinstance(error, SwarmIncomplete):
             return error
@@ -213,6 +265,7 @@ class Sessions:
             self._num_blocks,
             avoid=view.suspects(now),
             retry_after_s=error.retry_after_s,
+            zones=zones,
         )
         return why or error
 

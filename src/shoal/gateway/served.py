@@ -6,11 +6,13 @@ be put behind the API, which is how the tests run the whole gateway without a mo
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from shoal.spec.ids import BlockRange
 from shoal.spec.sampling import Sampled, SamplingParams
+from shoal.swarm.trust import Zones
 
 
 class Tokenizer(Protocol):
@@ -41,6 +43,8 @@ class Served(Protocol):
     context_length: int
     created: int
     eos_ids: frozenset[int]
+    zones: tuple[Zones, ...]
+    """Trust zones that hold for every request to this model; `generate` applies them by itself."""
 
     def generate(
         self,
@@ -50,6 +54,8 @@ class Served(Protocol):
         max_tokens: int,
         ignore_eos: bool,
         request_id: str,
+        zones: Sequence[Zones] = (),
+        on_host: Callable[[str, BlockRange], None] | None = None,
     ) -> AsyncGenerator[Sampled | None, None]:
         """The answer, token by token.
 
@@ -58,8 +64,12 @@ class Served(Protocol):
         end token is yielded too, as the last item, unless `ignore_eos`. The generator ends after an end token or
         after `max_tokens` tokens; ending in any other place is a fault, which the gateway reports as one.
 
-        Raises before the first item: Full, SwarmIncomplete, ContextTooLong. Raises later: SwarmIncomplete, when the
-        chain is lost for good. `aclose()`, or cancelling the task that waits for an item, frees the session at once.
+        Besides the model's own, `zones` limit which machines may compute this answer. on_host(node, blocks) is called
+        before a node is given its first input of this request, also when it takes over from a lost one.
+
+        Raises before the first item: Full, SwarmIncomplete, PolicyUnmet, ContextTooLong. Raises later: SwarmIncomplete
+        or PolicyUnmet, when the chain is lost for good. `aclose()`, or cancelling the task that waits for an item,
+        frees the session at once.
         """
         ...
 

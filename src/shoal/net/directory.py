@@ -64,9 +64,9 @@ class Directory:
             self._on_change()
         return answer
 
-    def _shape(self, now: float) -> dict[str, tuple[str, object]]:
+    def _shape(self, now: float) -> dict[str, tuple[str, object, object]]:
         """What of the registry matters to those who wait for servers: not every renewal of a lease is a change."""
-        return {record.node: (record.state, record.span) for record in self.view.live(now)}
+        return {record.node: (record.state, record.span, record.labels) for record in self.view.live(now)}
 
     async def rounds(self, transport: Transport, seeds: Sequence[str], on_message: Callable[..., None]) -> None:
         """Sync with every seed (an address "tcp://host:port") for ever; a lost seed is dialled again each round, since

@@ -70,6 +70,8 @@ class ServerConfig:
     memory_bytes: int = 4 << 30
     cache_tokens: int | None = None
     """None: as much as fits into memory_bytes beside the weights."""
+    labels: tuple[str, ...] = ()
+    """Those of this node's certificate; nobody believes others."""
     exact: bool = False
     """fp32 decode rows run in tiles, so that a session's numbers do not depend on its company."""
     threads: int = 1
@@ -164,6 +166,7 @@ class BlockServer:
                 cache_tokens_total=0,
                 queue_rows=0,
                 sessions=0,
+                labels=list(config.labels),
             )
         )
         blocks = config.blocks

@@ -184,9 +184,10 @@ def why_no_chain(
             hint="Start a server for these blocks, or wait for one that restarts; `shoal status` shows who is here.",
             retry_after_s=retry_after_s,
         )
-    if unmet := policy_unmet(records, model, num_blocks, zones, retry_after_s=retry_after_s):
-        return unmet
     reachable = [record for record in records if record.node not in avoid]
+    for candidates in (records, reachable):
+        if unmet := policy_unmet(candidates, model, num_blocks, zones, retry_after_s=retry_after_s):
+            return unmet
     if lost := missing_blocks(reachable, model, num_blocks, zones):
         return SwarmIncomplete(
             f"The servers of blocks {', '.join(map(str, lost))} of {name} cannot be reached or refused the session.",

@@ -373,6 +373,13 @@ class Session:
             return []
         return self._lose([stage], cause, now, reachable=False)
 
+    def evict(self, node: str, cause: str, now: float) -> list[Action]:
+        """Go on without a server that works but may not be used any more."""
+        stage = self._find(node)
+        if self.ended or stage is None or not stage.alive:
+            return []
+        return self._lose([stage], cause, now, reachable=True)
+
     def on_view_changed(self, now: float) -> list[Action]:
         """The registry changed: a waiting session may find its chain now, one on a leaving server another server."""
         if self.ended:

@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from shoal.errors import UsageError
+from shoal.errors import PolicyUnmet, UsageError
 from shoal.spec.ids import BlockRange
 
 MAX_TEXT = 256
@@ -116,6 +116,16 @@ def ends_lack(zones: Sequence[Zones], labels: Iterable[str]) -> list[str]:
     """Labels that the node with the embedding and the head would need and does not carry, in order."""
     needed = frozenset[str]().union(*(each.ends_need() for each in zones))
     return sorted(needed - frozenset(labels))
+
+
+def ends_unmet(zones: Sequence[Zones], labels: Iterable[str]) -> PolicyUnmet | None:
+    """The refusal of a gateway with these labels, which holds embedding and head; None when it may take the request."""
+    if not (lack := ends_lack(zones, labels)):
+        return None
+    return PolicyUnmet(
+        f"The trust zone {written(zones)} cannot be met: this gateway does not carry the label {', '.join(lack)}.",
+        hint="Ask a gateway that does, or invite this one anew with --label.",
+    )
 
 
 def written(zones: Sequence[Zones]) -> str:
