@@ -233,7 +233,18 @@ def _protocol(limits: Limits) -> type[H11Protocol]:
             super().connection_lost(exc)
 
         def send_400_response(self, msg: str) -> None:
-            """The answer to bytes that are no HTTP request, in the shape of all our errors."""
+            """The answer to bytes that are no HTTP request, in the shape of all our errors.
+
+            An answer that is under way already is cut off: the bytes that broke the rules are behind its request.
+            """
+            if self.cycle is not None:
+                # Whoever still works on that request would answer into a connection that has had its last word, and
+                # leave a traceback in the log for every stranger who likes to see one.
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
+            if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+                self.transport.close()
+                return
             body = dumps(error_body(RequestError(msg, code="invalid_http")))
             headers: list[tuple[Any, Any]] = [
                 (b"content-type", b"application/json"),
