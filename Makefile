@@ -11,8 +11,11 @@ INSTALLED := $(VENV)/.installed
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
+# Which inputs `make fuzz` makes.
+SEEDS ?= 0:1000000
+
 .DEFAULT_GOAL := help
-.PHONY: help up test check bench lint types format clean
+.PHONY: help up test check bench fuzz lint types format clean
 
 help: ## list these recipes
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1 \2/p' $(MAKEFILE_LIST) | while read -r name what; do \
@@ -29,6 +32,9 @@ check: lint types ## the fast part of `make test`, for before each commit
 
 bench: $(INSTALLED) ## the figures of `shoal bench swarm`
 	@$(BIN)/shoal bench swarm
+
+fuzz: $(INSTALLED) ## a million hostile inputs; `make fuzz SEEDS=400000:1000000` takes a part of them
+	@$(BIN)/shoal bench fuzz --seeds $(SEEDS) --corpus tests/fuzz
 
 lint: $(INSTALLED) ## lint and format check
 	@$(BIN)/ruff check --quiet --output-format concise .

@@ -6,7 +6,11 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from support import audit
+
+# Before anything of it is imported: its asserts explain themselves like those of tests, and hold under `python -O`.
+pytest.register_assert_rewrite("support")
+
+from support import audit  # noqa: E402
 
 # Before anything imports torch: two spinning threads on a busy two-core machine are several times slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

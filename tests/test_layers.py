@@ -59,8 +59,13 @@ LAYERS = {
         never=(*INPUT_AND_OUTPUT, "time", "datetime", "secrets", "uuid"),
     ),
     "launch": Layer(("spec", "net"), "the parts it starts are child processes", never=("torch", "transformers")),
+    "hostile": Layer(
+        ("spec", "wire", "swarm", "net", "gateway"),
+        "it attacks what strangers and members reach; nothing that serves may need it",
+        never=("torch", "transformers"),
+    ),
     "bench": Layer(
-        ("spec", "wire", "swarm", "compute", "net", "server", "client", "launch"),
+        ("spec", "wire", "swarm", "compute", "net", "server", "client", "launch", "hostile"),
         "it measures the parts, not the gateway's accounts or the simulation",
     ),
     "cli": Layer(
@@ -68,7 +73,7 @@ LAYERS = {
         "`shoal --help` stays instant: import it inside the command's function",
         never_at_top=(
             *HEAVY,
-            *("wire", "swarm", "compute", "net", "server", "client", "gateway", "sim", "launch", "bench"),
+            *("wire", "swarm", "compute", "net", "server", "client", "gateway", "sim", "launch", "bench", "hostile"),
         ),
     ),
 }

@@ -5,6 +5,10 @@ from __future__ import annotations
 from shoal.cli.lazy import Entry, LazyGroup
 
 COMMANDS: dict[str, Entry] = {
+    "fuzz": Entry(
+        "shoal.cli.bench_fuzz:fuzz",
+        "Throw hostile frames and HTTP requests at shoal; exit code 3 when one crashes, hangs or costs memory.",
+    ),
     "load": Entry("shoal.cli.bench_load:load", "What a server reads and holds for its share of a model."),
     "split": Entry(
         "shoal.cli.bench_split:split",

@@ -1,0 +1,1 @@
+"""What strangers and members may throw at a swarm, thrown on purpose: fuzzing, stalling, every route with every key."""
