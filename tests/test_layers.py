@@ -49,6 +49,7 @@ LAYERS = {
     ),
     "compute": Layer(("spec",), "the mathematics is tested alone against a reference", never=NETWORK),
     "net": Layer(("spec", "wire", "swarm"), "transport does not care what flows", never=("torch", "transformers")),
+    "admin": Layer(("spec", "wire", "swarm", "net"), "admission knows no model", never=("torch", "transformers")),
     "server": Layer(("spec", "wire", "swarm", "compute", "net"), "server and client meet only in wire and swarm"),
     "client": Layer(("spec", "wire", "swarm", "compute", "net"), "client and server meet only in wire and swarm"),
     "gateway": Layer(("spec", "swarm", "client"), "it is a client with accounts"),

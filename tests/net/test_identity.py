@@ -187,7 +187,7 @@ def signed_by_a_node() -> tuple[bytes, ...]:
 
 def signed_by_a_deeper_authority() -> tuple[bytes, ...]:
     deeper = create_issuer(dataclasses.replace(issuer(), root_pem=b""))
-    return (issue_node(deeper, "admin").chain_der[0], *identities._ders(deeper.cert_pem + issuer().cert_pem))
+    return (issue_node(deeper, "admin").chain_der[0], *identities.ders_of(deeper.cert_pem + issuer().cert_pem))
 
 
 def of_another_swarm_under_our_name() -> tuple[bytes, ...]:
@@ -207,8 +207,8 @@ def of_another_swarm_under_our_name() -> tuple[bytes, ...]:
         lambda: identity("server").chain_der[:1],
         lambda: identity("server").chain_der[::-1],
         lambda: (identity("server").chain_der[0], identity("server").chain_der[0]),
-        lambda: identities._ders(authority().cert_pem),
-        lambda: identities._ders(issuer().cert_pem),
+        lambda: identities.ders_of(authority().cert_pem),
+        lambda: identities.ders_of(issuer().cert_pem),
         lambda: (*identity("server").chain_der, b""),
         lambda: (b"", b""),
         lambda: (b"\x30\x82" + bytes(5000),),
@@ -265,7 +265,7 @@ def test_an_issuer_that_is_signed_anew_keeps_its_key_and_the_chains_it_has_signe
     assert again.key_pem == first.key_pem
     assert again.not_after > first.not_after
     node = issue_node(first, "server")
-    Trust(authority().cert_pem).credential((node.chain_der[0], *identities._ders(again.cert_pem)), now())
+    Trust(authority().cert_pem).credential((node.chain_der[0], *identities.ders_of(again.cert_pem)), now())
     authority().save(tmp_path)
     again.save(tmp_path)
     (tmp_path / "ca.key").unlink()
@@ -297,15 +297,15 @@ def test_a_root_whose_name_is_not_its_keys_is_no_root() -> None:
 def test_only_a_longer_certificate_of_the_same_key_and_role_is_a_renewal() -> None:
     node = issue_node(issuer(), "server", lifetime=datetime.timedelta(days=1))
     key = x509.load_pem_x509_certificate(node.cert_pem).public_key()
-    longer = node.renewed(identities._ders(certify(issuer(), "server", key)))  # type: ignore[arg-type]
+    longer = node.renewed(identities.ders_of(certify(issuer(), "server", key)))  # type: ignore[arg-type]
     assert longer.peer == node.peer
     assert longer.key_pem == node.key_pem
     assert longer.valid_until > node.valid_until
     for chain in (
         node.chain_der,
         identity("server").chain_der,
-        identities._ders(certify(issuer(), "admin", key)),  # type: ignore[arg-type]
-        identities._ders(certify(issuer("other"), "server", key)),  # type: ignore[arg-type]
+        identities.ders_of(certify(issuer(), "admin", key)),  # type: ignore[arg-type]
+        identities.ders_of(certify(issuer("other"), "server", key)),  # type: ignore[arg-type]
     ):
         with pytest.raises(Refused):
             node.renewed(chain)

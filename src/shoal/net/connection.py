@@ -94,6 +94,8 @@ class Conn:
         self._settings = settings
         self._dialed = dialed
         self._expect_node = expect_node
+        self.certificate = b""
+        """The other side's own certificate (DER), once TLS has checked it; empty in memory."""
         self._proven: Peer | None = None
         self._peer: Peer | None = None
         self._hello_seen = False

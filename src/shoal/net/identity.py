@@ -44,7 +44,7 @@ NODE_LIFETIME = datetime.timedelta(days=7)
 ISSUER_LIFETIME = datetime.timedelta(days=90)
 AUTHORITY_LIFETIME = datetime.timedelta(days=3650)
 MAX_LABELS = 16
-_CLOCK_SKEW = datetime.timedelta(minutes=5)
+CLOCK_SKEW = datetime.timedelta(minutes=5)
 """Certificates are valid from this long before they were made: the clocks of a swarm's machines differ."""
 
 _SWARM_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,22}[a-z0-9])?")
@@ -124,6 +124,14 @@ class Authority:
     def not_after(self) -> datetime.datetime:
         return x509.load_pem_x509_certificate(self.cert_pem).not_valid_after_utc
 
+    def check_valid(self) -> None:
+        """Raises ShoalError when its own certificate has ended: what it signed would be accepted by nobody."""
+        if self.not_after <= datetime.datetime.now(datetime.UTC):
+            raise ShoalError(
+                f"The certificate of the swarm's issuing authority expired on {self.not_after:%Y-%m-%d}.",
+                hint="Put the root's key (ca.key) back for a moment and start `shoal admin`: it renews the issuer.",
+            )
+
     def save(self, directory: Path) -> None:
         """Write ca.key (0600) and ca.pem, or issuer.key and issuer.pem beside them. Raises ShoalError when the disk
         does not take them."""
@@ -165,7 +173,7 @@ class NodeIdentity:
     @cached_property
     def chain_der(self) -> tuple[bytes, ...]:
         """The certificates of `cert_pem`, the node's own first."""
-        return _ders(self.cert_pem)
+        return ders_of(self.cert_pem)
 
     @property
     def valid_from(self) -> datetime.datetime:
@@ -226,6 +234,12 @@ class NodeIdentity:
         """TLS 1.3 only; trusts this swarm's authority and nothing else. Host names mean nothing here: the caller
         checks the node's URI."""
         return self._context(ssl.PROTOCOL_TLS_CLIENT)
+
+    def enrolment_context(self) -> ssl.SSLContext:
+        """TLS 1.3 only; shows our certificate and asks for none: for those who have none yet."""
+        context = self.server_context()
+        context.verify_mode = ssl.CERT_NONE
+        return context
 
     def _context(self, protocol: int) -> ssl.SSLContext:
         context = ssl.SSLContext(protocol)
@@ -336,14 +350,45 @@ def certify(
     """Certificates (PEM, a node's own and then the issuer's) of the node that has this key. Everything in them but the
     key is chosen here. Raises UsageError for labels that are none."""
     peer = Peer(_fingerprint(public_key), role, ca.swarm, checked_labels(labels))
-    remaining = ca.not_after - datetime.datetime.now(datetime.UTC)
-    if remaining <= datetime.timedelta(0):
-        raise ShoalError(
-            f"The certificate of the swarm's issuing authority expired on {ca.not_after:%Y-%m-%d}.",
-            hint="Put the root's key (ca.key) back for a moment and start `shoal admin`: it renews the issuer.",
-        )
-    lifetime = min(lifetime, remaining)
+    ca.check_valid()
+    lifetime = min(lifetime, ca.not_after - datetime.datetime.now(datetime.UTC))
     return _certify(ca, peer, public_key, lifetime) + (ca.cert_pem if ca.root_pem else b"")
+
+
+def new_key() -> bytes:
+    """A new private key (PEM) for a node that will ask to be certified."""
+    return _key_pem(ec.generate_private_key(ec.SECP256R1()))
+
+
+def certificate_request(key_pem: bytes) -> bytes:
+    """A request (PKCS #10, DER) for a certificate of this key. It asks for no names: the admin chooses those."""
+    return (
+        x509.CertificateSigningRequestBuilder()
+        .subject_name(x509.Name([]))
+        .sign(_private_key(key_pem), hashes.SHA256())
+        .public_bytes(serialization.Encoding.DER)
+    )
+
+
+def key_of_request(der: bytes) -> ec.EllipticCurvePublicKey:
+    """The key that a request is about, proven to be the sender's; nothing else in it is looked at. Raises Refused."""
+    try:
+        request = x509.load_der_x509_csr(der)
+        key = request.public_key()
+        proven = _is_p256(key) and request.is_signature_valid
+    except UNREADABLE as error:
+        raise Refused("The certificate request cannot be read.") from error
+    if not _is_p256(key) or not proven:
+        raise Refused("The certificate request is not one for a P-256 key that its sender holds.")
+    return key
+
+
+def key_of_certificate(der: bytes) -> ec.EllipticCurvePublicKey:
+    """The key of a certificate that was verified before. Raises Refused for another kind of key."""
+    key = x509.load_der_x509_certificate(der).public_key()
+    if not _is_p256(key):
+        raise Refused("The certificate's key is not a P-256 key.")
+    return key
 
 
 def checked_labels(labels: Sequence[str]) -> tuple[str, ...]:
@@ -358,7 +403,7 @@ def checked_labels(labels: Sequence[str]) -> tuple[str, ...]:
 
 def peer_of_pem(cert_pem: bytes) -> Peer:
     """`peer_of_certificate` of the first certificate in `cert_pem`."""
-    return peer_of_certificate(_ders(cert_pem)[0])
+    return peer_of_certificate(ders_of(cert_pem)[0])
 
 
 def pem_of(chain_der: Sequence[bytes]) -> bytes:
@@ -440,7 +485,7 @@ def _builder(
 ) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.UTC)
     # A lifetime below zero makes a certificate that has expired already (tests need one); its start lies before it.
-    start = now + min(lifetime, datetime.timedelta(0)) - _CLOCK_SKEW
+    start = now + min(lifetime, datetime.timedelta(0)) - CLOCK_SKEW
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
@@ -482,7 +527,8 @@ def _private_key(key_pem: bytes) -> ec.EllipticCurvePrivateKey:
     return key
 
 
-def _ders(cert_pem: bytes) -> tuple[bytes, ...]:
+def ders_of(cert_pem: bytes) -> tuple[bytes, ...]:
+    """The certificates of a PEM text, in order."""
     certificates = x509.load_pem_x509_certificates(cert_pem)
     return tuple(cert.public_bytes(serialization.Encoding.DER) for cert in certificates)
 
@@ -497,11 +543,19 @@ def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     )
 
 
+def make_private(path: Path) -> None:
+    """Make a directory and those above it that are missing, each for its owner only (mkdir's `parents` would open the
+    ones above to everybody)."""
+    if not path.exists():
+        make_private(path.parent)
+        path.mkdir(mode=0o700, exist_ok=True)
+
+
 def write_private(path: Path, data: bytes) -> None:
     """Write `path` whole or not at all, readable by its owner only from its first moment on."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(path.parent)
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)

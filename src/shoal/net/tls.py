@@ -15,6 +15,8 @@ import socket
 import ssl
 import weakref
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 from shoal.errors import PeerLost, Refused, ShoalError, UsageError
 from shoal.net.connection import Conn, ConnProtocol, ConnSettings
@@ -67,25 +69,26 @@ class TlsTransport:
     async def listen(self, address: str, on_conn: OnConn) -> TlsListener:
         """See Transport.listen. Port 0 takes a free one."""
         wanted = Address.parse(address)
-        return TlsListener(await _bind(wanted), wanted.host, self, self._settings, on_conn)
+        return TlsListener(await bind(wanted), wanted.host, self, self._settings, on_conn)
 
     def accept(self) -> tuple[Conn, asyncio.BaseProtocol, ssl.SSLContext]:
         """What one accepted socket is to be served with, as of now."""
         conn = self._conn(dialed=False)
-        return conn, _TlsProtocol(conn, self._prove), self._server_context
+        return conn, _TlsProtocol(conn, partial(self._prove, conn)), self._server_context
 
     def _conn(self, *, dialed: bool, expect_node: str | None = None) -> Conn:
         conn = Conn(self._identity.peer, self._settings, dialed=dialed, expect_node=expect_node)
         self._conns.add(conn)
         return conn
 
-    def _prove(self, transport: asyncio.BaseTransport) -> Peer:
+    def _prove(self, conn: Conn, transport: asyncio.BaseTransport) -> Peer:
         """Who the other side is, from the certificate that TLS has verified."""
         tls = transport.get_extra_info("ssl_object")
         der = tls.getpeercert(binary_form=True) if tls is not None else None
         if not der:
             raise Refused("The peer showed no certificate.")
         peer = peer_of_certificate(der)
+        conn.certificate = der
         if peer.node in self._refused:
             raise Refused(f"{peer} was removed from the swarm.")
         return peer
@@ -110,7 +113,7 @@ class TlsTransport:
         conn = self._conn(dialed=True, expect_node=expect_node)
         try:
             await asyncio.get_running_loop().create_connection(
-                lambda: _TlsProtocol(conn, self._prove),
+                lambda: _TlsProtocol(conn, partial(self._prove, conn)),
                 address.host,
                 address.port,
                 ssl=self._client_context,
@@ -164,18 +167,13 @@ class TlsListener:
             self._sock.close()
 
     async def _accept(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             await self._handshakes.acquire()
             try:
-                sock, _ = await loop.sock_accept(self._sock)
-            except OSError as error:
+                sock, _ = await accepted(self._sock)
+            except BaseException:
                 self._handshakes.release()
-                if error.errno not in _OUT_OF_FILES and not isinstance(error, ConnectionError):
-                    raise
-                # The machine has no room for a socket now, or the dialer left again: neither is our end.
-                await asyncio.sleep(_ACCEPT_RETRY_S)
-                continue
+                raise
             if self._acceptor.is_full:
                 self._handshakes.release()
                 sock.close()
@@ -217,7 +215,20 @@ class _TlsProtocol(ConnProtocol):
         super().connection_made(transport)
 
 
-async def _bind(address: Address) -> socket.socket:
+async def accepted(sock: socket.socket) -> tuple[socket.socket, tuple[Any, ...]]:
+    """The next connection of a listening socket, and where it comes from."""
+    while True:
+        try:
+            return await asyncio.get_running_loop().sock_accept(sock)
+        except OSError as error:
+            if error.errno not in _OUT_OF_FILES and not isinstance(error, ConnectionError):
+                raise
+            # The machine has no room for a socket now, or the dialer left again: neither is our end.
+            await asyncio.sleep(_ACCEPT_RETRY_S)
+
+
+async def bind(address: Address) -> socket.socket:
+    """A socket that listens at `address`. Raises UsageError when that cannot be had."""
     try:
         infos = await asyncio.get_running_loop().getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
         family, kind, protocol, _, sockaddr = infos[0]
