@@ -11,7 +11,6 @@ import pytest
 from support.gateway import Gateway, running
 
 from shoal.gateway.limits import Limits
-from shoal.gateway.served import ReadyState
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +21,8 @@ def shared_gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway
 
 @pytest.fixture
 def gateway(shared_gateway: Gateway) -> Gateway:
-    shared_gateway.ready = ReadyState(True)
     for model in (shared_gateway.chatty, shared_gateway.plain):
-        model.calls.clear()
-        model.says("hello world")
+        model.as_new()
     return shared_gateway
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -14,9 +13,9 @@ from support.gateway import Gateway, ScriptedModel, byte_level_tokenizer
 
 from shoal.gateway.accounts import Accounts
 from shoal.gateway.app import create_app
-from shoal.gateway.served import ReadyState
+from shoal.spec.ids import BlockRange
 
-PROBES = {"/health", "/ready", "/metrics"}
+PROBES = {"/health", "/ready", "/metrics", "/version"}
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"]
 
 
@@ -34,10 +33,7 @@ def app_with_key(folder: Path) -> tuple[Starlette, str]:
     key, _ = accounts.create("test")
     model = ScriptedModel("plain", byte_level_tokenizer())
 
-    async def ready() -> ReadyState:
-        return ReadyState(True)
-
-    return create_app({"plain": model}, accounts, ready=ready, status=model.status, hosts=["shoal.internal"]), key
+    return create_app({"plain": model}, accounts, hosts=["shoal.internal"]), key
 
 
 def ask(app: Starlette, method: str, path: str, peer: str, headers: dict[str, str]) -> int:
@@ -110,21 +106,36 @@ def test_other_spellings_of_a_path_open_nothing(gateway: Gateway, path: str) -> 
     assert "location" not in answer.headers
 
 
-def test_ready_says_no_with_the_reason(gateway: Gateway) -> None:
-    gateway.ready = ReadyState(False, "Blocks 4 to 7 are hosted by nobody.", {"plain": False})
+def test_ready_says_no_with_the_reason_and_for_each_model(gateway: Gateway) -> None:
+    gateway.chatty.replicas = [(BlockRange(0, 4), 2), (BlockRange(4, 8), 0)]
     with gateway.http() as client:
         answer = client.get("/ready")
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "swarm_incomplete")
-        assert "Blocks 4 to 7" in answer.json()["error"]["message"]
+        assert "blocks 4:8 of org/chatty:1b" in answer.json()["error"]["message"]
         assert int(answer.headers["retry-after"]) >= 1
+        assert client.get("/ready", params={"model": "org/chatty:1b"}).status_code == 503
+        assert client.get("/ready", params={"model": "plain"}).json() == {"status": "ready", "models": {"plain": True}}
+        assert client.get("/ready", params={"model": "nope"}).status_code == 404
         assert client.get("/health").json() == {"status": "ok"}
-        gateway.ready = ReadyState(True, models={"plain": True})
-        assert client.get("/ready").json() == {"status": "ready", "models": {"plain": True}}
+        gateway.chatty.as_new()
+        assert client.get("/ready").json()["models"] == {"org/chatty:1b": True, "plain": True}
 
 
-def test_status_is_what_the_swarm_says(gateway: Gateway) -> None:
+def test_status_has_every_model_that_the_key_may_use(gateway: Gateway) -> None:
+    gateway.plain.replicas = [(BlockRange(0, 6), 0)]
+    chatty, plain = {"model": "org/chatty:1b", "covered": True}, {"model": "plain", "covered": False}
     with gateway.http() as client:
         answer = client.get("/v1/shoal/status")
-    expected: dict[str, Any] = {"models": [{"model": "org/chatty:1b"}, {"model": "plain"}]}
-    assert answer.json() == expected
-    assert answer.headers["cache-control"] == "no-store"
+        assert answer.json() == {**chatty, "covered": False, "models": [chatty, plain]}
+        assert answer.headers["cache-control"] == "no-store"
+        assert client.get("/v1/shoal/status", params={"model": "plain"}).json() == plain
+    with gateway.http(key=gateway.plain_key) as client:
+        assert client.get("/v1/shoal/status").json() == plain
+        assert client.get("/v1/shoal/status", params={"model": "org/chatty:1b"}).status_code == 404
+
+
+def test_the_version_is_told_without_a_key_on_this_machine_only(tmp_path: Path) -> None:
+    app, key = app_with_key(tmp_path)
+    assert ask(app, "GET", "/version", "127.0.0.1", {}) == 200
+    assert ask(app, "GET", "/version", "192.168.0.9", {}) == 401
+    assert ask(app, "GET", "/version", "192.168.0.9", {"authorization": f"Bearer {key}"}) == 200

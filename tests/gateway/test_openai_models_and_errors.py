@@ -232,7 +232,7 @@ def test_too_large_a_body_is_413_in_the_same_shape(start: Callable[[Limits], Gat
 
 def test_an_unknown_url_is_404_json_and_a_wrong_method_405(gateway: Gateway, client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
-        client.embeddings.create(model="plain", input="x")
+        client.fine_tuning.jobs.list()
     assert body_of(caught.value)["code"] == "unknown_url"
     with gateway.http() as raw:
         assert raw.get("/").json()["error"]["code"] == "unknown_url"

@@ -21,7 +21,6 @@ from shoal.gateway.accounts import Accounts
 from shoal.gateway.app import create_app
 from shoal.gateway.limits import Limits
 from shoal.gateway.metrics import Metrics
-from shoal.gateway.served import ReadyState
 from shoal.gateway.server import Listening, serve
 from shoal.spec.ids import BlockRange
 from shoal.spec.sampling import Sampled, SamplingParams
@@ -95,7 +94,15 @@ class ScriptedModel:
         self.created = 1_700_000_000
         self.eos_ids = frozenset({tokenizer.eos_token_id})
         self.zones: tuple[Zones, ...] = ()
+        self.embedding_size = 8
         self.calls: list[Call] = []
+        self.as_new()
+
+    def as_new(self) -> None:
+        """Forget what a test has asked and told."""
+        self.calls.clear()
+        self.replicas = [(BlockRange(0, 4), 2), (BlockRange(4, 6), 1)]
+        self.embedding_script: Script = lambda call: ()
         self.says("hello world")
 
     def says(self, text: str) -> None:
@@ -143,8 +150,37 @@ class ScriptedModel:
         finally:
             call.closed.set()
 
+    async def embed(
+        self,
+        prompt: list[int],
+        *,
+        request_id: str,
+        zones: Sequence[Zones] = (),
+        on_host: Callable[[str, BlockRange], None] | None = None,
+    ) -> list[float]:
+        """Two different texts have different vectors. Steps of a script are gone through first; tokens among them are
+        only counted."""
+        call = Call(prompt, SamplingParams(), 0, False, request_id, tuple(zones), on_host)
+        self.calls.append(call)
+        try:
+            for step in self.embedding_script(call):
+                if isinstance(step, Exception):
+                    raise step
+                if isinstance(step, Hold):
+                    await step.wait()
+            await asyncio.sleep(0)
+            rng = random.Random(repr(prompt))
+            vector = [rng.gauss(0, 1) for _ in range(self.embedding_size)]
+            length = math.sqrt(sum(value * value for value in vector))
+            return [value / length for value in vector]
+        finally:
+            call.closed.set()
+
+    def coverage(self) -> list[tuple[BlockRange, int]]:
+        return self.replicas
+
     async def status(self) -> dict[str, Any]:
-        return {"model": self.name}
+        return {"model": self.name, "covered": all(servers for _, servers in self.replicas)}
 
 
 def sampled_tokens(call: Call, vocabulary_size: int) -> Iterator[Sampled]:
@@ -188,7 +224,6 @@ class Gateway:
         self.limits = limits
         self.chatty = ScriptedModel("org/chatty:1b", byte_level_tokenizer())
         self.plain = ScriptedModel("plain", byte_level_tokenizer(template=None))
-        self.ready = ReadyState(True)
         self.metrics = Metrics()
         with_file = Accounts(folder / "keys.sqlite")
         self.key, _ = with_file.create("test")
@@ -207,8 +242,6 @@ class Gateway:
         self.app = create_app(
             {model.name: model for model in (self.chatty, self.plain)},
             accounts,
-            ready=self._ready,
-            status=self._status,
             limits=self.limits,
             metrics=self.metrics,
         )
@@ -216,12 +249,6 @@ class Gateway:
             self._started.set()
             await self._stop.wait()
         accounts.close()
-
-    async def _ready(self) -> ReadyState:
-        return self.ready
-
-    async def _status(self) -> dict[str, Any]:
-        return {"models": [await model.status() for model in (self.chatty, self.plain)]}
 
     def start(self) -> None:
         self._thread.start()

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from shoal.client.served import SwarmModel
     from shoal.compute.facts import ModelFacts
     from shoal.gateway.metrics import Metrics
-    from shoal.gateway.served import ReadyState
     from shoal.gateway.server import TlsFiles
     from shoal.net.seed import Seed
     from shoal.net.tls import TlsTransport
@@ -50,6 +49,8 @@ class Plan:
     tls: TlsFiles | None = None
     hosts: tuple[str, ...] = ()
     """Names, besides the loopback ones, by which the API may be addressed."""
+    origins: tuple[str, ...] = ()
+    """Web origins whose pages may read the API's answers."""
     dtype: str = "float32"
     wire: WireType = "f32"
     device: str = "cpu"
@@ -101,16 +102,10 @@ async def answer(
             for model in models.values():
                 model.view_changed()
 
-        async def ready() -> ReadyState:
-            return _ready(models)
-
-        async def status() -> dict[str, Any]:
-            return await _status(models)
-
         seed.on_change = view_changed
         if place is not None:
             await seed.wait_for(lambda records: not any(model.missing() for model in models.values()))
-        app = create_app(models, accounts, ready=ready, status=status, metrics=metrics, hosts=plan.hosts)
+        app = create_app(models, accounts, metrics=metrics, hosts=plan.hosts, origins=plan.origins)
         limits = Limits(shutdown_s=STREAMS_END_S)
         async with serve(app, plan.host, plan.port, limits=limits, tls=plan.tls) as listening:
             gc.freeze()  # as in server_process.py
@@ -137,7 +132,7 @@ async def _start(
     import torch
 
     from shoal.client.driver import Driver, DriverConfig
-    from shoal.client.served import SwarmModel, load_tokenizer
+    from shoal.client.served import SwarmModel, load_tokenizer, read_pooling
     from shoal.compute.facts import describe
     from shoal.compute.head import HeadEngine
     from shoal.compute.split import build_ends
@@ -171,20 +166,6 @@ async def _start(
         placement=reasons,
         zones=offer.zones,
         labels=transport.identity.peer.labels,
+        pooling=read_pooling(offer.model_dir),
     )
     return _Part(model, worker)
-
-
-def _ready(models: Mapping[str, SwarmModel]) -> ReadyState:
-    """Ready when every model can be answered for; the reason names the blocks that are missing."""
-    from shoal.gateway.served import ReadyState
-
-    missing = {name: model.missing() for name, model in models.items()}
-    reasons = [f"No server hosts blocks {', '.join(parts)} of {name}." for name, parts in missing.items() if parts]
-    return ReadyState(not reasons, " ".join(reasons), {name: not parts for name, parts in missing.items()})
-
-
-async def _status(models: Mapping[str, SwarmModel]) -> dict[str, Any]:
-    """One model's status as it is; of several, the first one's, with all of them under "models"."""
-    found = [await model.status() for model in models.values()]
-    return found[0] if len(found) == 1 else {**found[0], "models": found}

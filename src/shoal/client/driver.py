@@ -12,21 +12,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from shoal.client.sessions import Handle, OnHost, Sessions
 from shoal.compute.activations import to_numpy, to_torch
 from shoal.compute.facts import ModelFacts
+from shoal.compute.final import embedding_size, final_states
 from shoal.compute.head import HeadEngine
 from shoal.compute.sampling import Sampler
-from shoal.errors import ContextTooLong, ShoalError, UsageError
+from shoal.errors import ContextTooLong, NotFinite, ShoalError, UsageError
 from shoal.net.directory import Directory
 from shoal.net.transport import Transport
 from shoal.net.worker import Worker
@@ -42,6 +44,9 @@ log = logging.getLogger("shoal.client")
 
 _Choice = tuple[Sampled, wire_rows.Rows] | BaseException
 """A generation's next token with its embedding, or why there is none."""
+
+Pooling = Literal["last", "mean"]
+"""How the states of a text's tokens become one vector."""
 
 ACTIVE_S = 2.0
 """A generation that got a token within this time counts when batches are sized."""
@@ -96,6 +101,7 @@ class Driver:
         """`labels` are those in this node's own certificate: a trust zone may demand one of the embedding and head."""
         self.facts = facts
         self.tokens = 0
+        self.embedding_size = embedding_size(head.ends)
         self._head = head
         self._config = config or DriverConfig()
         self._worker = worker
@@ -172,7 +178,7 @@ class Driver:
         )
         self._runs.add(run)
         try:
-            await self._feed_prompt(run, run.handle)
+            await self._feed_prompt(run.prompt, run.handle)
             while not (run.finished and run.out.empty()):
                 item = await run.out.get()
                 if isinstance(item, ShoalError):
@@ -183,13 +189,13 @@ class Driver:
             self._runs.discard(run)
             self.sessions.end(run.handle)
 
-    async def _feed_prompt(self, run: _Run, handle: Handle) -> None:
+    async def _feed_prompt(self, prompt: Sequence[int], handle: Handle) -> None:
         step = self._config.chunk_rows
-        for at in range(0, len(run.prompt), step):
-            ids = run.prompt[at : at + step]
+        for at in range(0, len(prompt), step):
+            ids = prompt[at : at + step]
             rows = await self._worker.call(self._embed, ids, range(at, at + len(ids)))
             if handle.session.ended:
-                return  # the reason waits in run.out
+                return  # its owner was told why
             self.sessions.feed(handle, rows)
             self.sessions.flush()
 
@@ -202,6 +208,58 @@ class Driver:
         if position <= run.wanted < position + rows.count:
             row = run.wanted - position
             self._rows.append((run, rows[row : row + 1]))
+
+    # --- one embedding ---------------------------------------------------------------------------------------
+
+    async def embed(
+        self,
+        prompt: Sequence[int],
+        *,
+        pooling: Pooling = "last",
+        request_id: str = "",
+        zones: Sequence[Zones] = (),
+        on_host: OnHost | None = None,
+    ) -> list[float]:
+        """What the model makes of a whole text: its last hidden state, of the last token or the mean over all, as a
+        vector of length 1 with `embedding_size` values.
+
+        Raises ContextTooLong, Full, SwarmIncomplete, PolicyUnmet; UsageError for an empty prompt; NotFinite for broken
+        numbers.
+        """
+        if not 1 <= len(prompt) <= self.facts.context_length:
+            raise (ContextTooLong if prompt else UsageError)(
+                f"A text of {len(prompt)} tokens cannot be embedded: 1 to {self.facts.context_length} can."
+            )
+        arrived: asyncio.Queue[wire_rows.Rows | ShoalError] = asyncio.Queue()
+        first = 0 if pooling == "mean" else len(prompt) - 1
+        handle = self.sessions.open(
+            len(prompt),
+            results_from=first,
+            on_rows=lambda position, rows: arrived.put_nowait(rows[max(0, first - position) :]),
+            on_failed=arrived.put_nowait,
+            name=request_id,
+            zones=zones,
+            on_host=on_host,
+        )
+        try:
+            await self._feed_prompt(prompt, handle)
+            total, missing = None, len(prompt) - first
+            while missing > 0:
+                rows = await arrived.get()
+                if isinstance(rows, ShoalError):
+                    raise rows
+                missing -= rows.count
+                part = await self._worker.call(self._final_sum, rows)
+                total = part if total is None else total + part
+            return _unit(total)
+        finally:
+            self.sessions.end(handle)
+
+    def _final_sum(self, rows: wire_rows.Rows) -> torch.Tensor:
+        """The compute thread's part: the sum of the final states of some rows, float32 [E]."""
+        ends = self._head.ends
+        hidden = to_torch(tensors.decode_native(rows.tensor, rows.data), ends.dtype, ends.device)
+        return final_states(ends, hidden).sum(0)
 
     # --- head and sampling -----------------------------------------------------------------------------------
 
@@ -321,6 +379,14 @@ class Driver:
             "last_stall_ms": round(counters.last_stall_s * 1e3, 1),
             "rtt_ms": {node: round(ms, 3) for node, ms in self.sessions.rtts_ms().items()},
         }
+
+
+def _unit(vector: torch.Tensor | None) -> list[float]:
+    """The vector [E] brought to length 1. Raises NotFinite when it has no direction."""
+    length = 0.0 if vector is None else float(vector.norm())
+    if vector is None or not 0.0 < length < math.inf:  # also refuses NaN
+        raise NotFinite("The final hidden state of a text is zero or not finite.")
+    return (vector / length).tolist()
 
 
 def _told(error: BaseException) -> ShoalError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
@@ -10,12 +11,13 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from shoal.client.driver import Driver
+from shoal.client.driver import Driver, Pooling
 from shoal.client.sessions import OnHost
 from shoal.errors import ModelError
 from shoal.net.directory import Directory
+from shoal.spec.ids import BlockRange
 from shoal.spec.sampling import Sampled, SamplingParams
-from shoal.swarm.routing import missing_blocks, policy_unmet
+from shoal.swarm.routing import coverage, missing_blocks, policy_unmet
 from shoal.swarm.trust import Zones, allowed, ends_unmet, written
 from shoal.wire.messages import Record
 
@@ -29,6 +31,28 @@ def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerFast:
             f"No usable tokenizer in {model_dir.name}.",
             hint="The directory needs tokenizer.json and tokenizer_config.json, as Hugging Face models have them.",
         ) from error
+
+
+def read_pooling(model_dir: Path) -> Pooling:
+    """How an embedding model makes one vector of a text, as its directory says it (in sentence-transformers' format);
+    "last" where it says nothing. Raises ModelError for a way that is not offered."""
+    path = model_dir / "1_Pooling" / "config.json"
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return "last"
+    except (OSError, ValueError) as error:
+        raise ModelError(f"Cannot read {path}: {error}", hint="Copy or download the model again.") from None
+    modes = {name for name, value in said.items() if name.startswith("pooling_mode_") and value is True}
+    modes |= {f"pooling_mode_{said['pooling_mode']}"} if "pooling_mode" in said else set()
+    if modes <= {"pooling_mode_lasttoken"}:
+        return "last"
+    if modes <= {"pooling_mode_mean", "pooling_mode_mean_tokens"}:
+        return "mean"
+    raise ModelError(
+        f"{model_dir.name} makes embeddings by {', '.join(sorted(modes))}.",
+        hint="Models that take the last token or the mean over all tokens can be served.",
+    )
 
 
 class SwarmModel:
@@ -45,18 +69,29 @@ class SwarmModel:
         placement: list[str] | None = None,
         zones: Sequence[Zones] = (),
         labels: Sequence[str] = (),
+        pooling: Pooling = "last",
     ) -> None:
-        """`zones` hold for every request to this model; `labels` are this node's own."""
+        """`zones` hold for every request to this model; `labels` are this node's own. Raises ModelError when the
+        tokenizer is another model's: its ids do not fit the vocabulary."""
+        highest = max(tokenizer.get_vocab().values(), default=0)
+        if highest >= driver.vocab_size:
+            raise ModelError(
+                f"The tokenizer of {name} has token ids up to {highest}, but the model's vocabulary ends at"
+                f" {driver.vocab_size - 1}.",
+                hint="Put the tokenizer that belongs to these weights into the model directory.",
+            )
         self.name = name
         self.tokenizer = tokenizer
         self.context_length = driver.facts.context_length
         self.created = int(time.time())
         self.eos_ids = eos_ids
+        self.embedding_size = driver.embedding_size
         self.placement_reasons = placement if placement is not None else []
         self.zones = tuple(zones)
         self._labels = tuple(labels)
         self._driver = driver
         self._directory = directory
+        self._pooling: Pooling = pooling
 
     async def generate(
         self,
@@ -84,6 +119,22 @@ class SwarmModel:
         finally:
             await items.aclose()
 
+    async def embed(
+        self,
+        prompt: list[int],
+        *,
+        request_id: str,
+        zones: Sequence[Zones] = (),
+        on_host: OnHost | None = None,
+    ) -> list[float]:
+        return await self._driver.embed(
+            prompt,
+            pooling=self._pooling,
+            request_id=request_id,
+            zones=(*self.zones, *zones),
+            on_host=on_host,
+        )
+
     def view_changed(self) -> None:
         """The registry changed: generations that wait for servers look again."""
         self._driver.view_changed()
@@ -96,6 +147,11 @@ class SwarmModel:
     def chats(self) -> bool:
         """The model has a chat template."""
         return self.tokenizer.chat_template is not None
+
+    def coverage(self) -> Sequence[tuple[BlockRange, int]]:
+        """The blocks in order, as ranges of equally many online servers."""
+        facts = self._driver.facts
+        return coverage(self._directory.live(), facts.name, facts.num_blocks)
 
     def missing(self) -> list[str]:
         """Block ranges that no live server hosts, as "4:8"."""

@@ -7,6 +7,7 @@ clients can bend.
 from __future__ import annotations
 
 import logging
+import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -14,27 +15,32 @@ from ipaddress import ip_address
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders, QueryParams
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from shoal import __version__
 from shoal.errors import ShoalError, SwarmIncomplete
 from shoal.gateway.accounts import Account, Accounts
+from shoal.gateway.embeddings import Embedder
 from shoal.gateway.errors import RequestError, error_response, shown_to_callers
 from shoal.gateway.generate import Generator, OfferedModel
+from shoal.gateway.idempotency import Endpoint, Idempotency
 from shoal.gateway.limits import ClientGone, Gate, HostCheck, Limits
 from shoal.gateway.metrics import CONTENT_TYPE, Metrics
+from shoal.gateway.quotas import Quotas
 from shoal.gateway.replies import json_response
-from shoal.gateway.served import ReadyState, Served
+from shoal.gateway.responses import Responder
+from shoal.gateway.served import Served, ready_state, status_page
 
 logger = logging.getLogger("shoal.gateway")
 access = logging.getLogger("shoal.gateway.access")
 
-Endpoint = Callable[[Scope, Receive, Send, Account], Awaitable[None]]
 Page = Callable[[Scope], Awaitable[Response]]
 
 
@@ -42,24 +48,32 @@ def create_app(
     models: Mapping[str, Served],
     accounts: Accounts,
     *,
-    ready: Callable[[], Awaitable[ReadyState]],
-    status: Callable[[], Awaitable[dict[str, Any]]],
     limits: Limits | None = None,
     metrics: Metrics | None = None,
     hosts: Sequence[str] = (),
+    origins: Sequence[str] = (),
 ) -> Starlette:
-    """The gateway as an ASGI application.
+    """The gateway as an ASGI application, for one model or several.
 
-    `ready` says whether requests can be answered, `status` who hosts what. `hosts` are names besides the loopback
-    ones by which this gateway may be addressed. `metrics` is given by whoever counts failovers into it.
+    `hosts` are names besides the loopback ones by which this gateway may be addressed. `origins` are web origins
+    ("https://chat.example.org") whose pages may read its answers in a browser. `metrics` is given by whoever counts
+    failovers into it.
     """
     limits = limits or Limits()
     metrics = metrics or Metrics()
+    metrics.watch(lambda: {name: served.coverage() for name, served in models.items()})
     offered = {name: OfferedModel(served) for name, served in models.items()}
-    generator = Generator(offered, limits, metrics, Gate(limits.requests))
+    quotas = Quotas(accounts)
+    generator = Generator(offered, limits, metrics, Gate(limits.requests), quotas)
+    embedder = Embedder(generator)
+    responder = Responder(generator)
+    idempotency = Idempotency(limits)
+
+    def seen_by(account: Account) -> dict[str, Served]:
+        return {name: served for name, served in models.items() if account.may_use(name)}
 
     async def list_models(scope: Scope, receive: Receive, send: Send, account: Account) -> None:
-        entries = [_model_entry(model.served) for name, model in offered.items() if account.may_use(name)]
+        entries = [_model_entry(served) for served in seen_by(account).values()]
         await json_response({"object": "list", "data": entries})(scope, receive, send)
 
     async def show_model(scope: Scope, receive: Receive, send: Send, account: Account) -> None:
@@ -67,15 +81,18 @@ def create_app(
         await json_response(_model_entry(model.served))(scope, receive, send)
 
     async def show_status(scope: Scope, receive: Receive, send: Send, account: Account) -> None:
-        await json_response(await status())(scope, receive, send)
+        await json_response(await status_page(_chosen(scope, seen_by(account))))(scope, receive, send)
 
     async def health(scope: Scope) -> Response:
         return json_response({"status": "ok"})
 
+    async def version(scope: Scope) -> Response:
+        return json_response({"version": __version__})
+
     async def readiness(scope: Scope) -> Response:
-        state = await ready()
+        state = ready_state(_chosen(scope, models))
         if not state.ready:
-            return error_response(SwarmIncomplete(state.reason or "The swarm is not complete yet."))
+            return error_response(SwarmIncomplete(state.reason))
         return json_response({"status": "ready", "models": dict(state.models)})
 
     async def exposition(scope: Scope) -> Response:
@@ -83,6 +100,13 @@ def create_app(
 
     def keyed(path: str, method: str, endpoint: Endpoint) -> Route:
         return Route(path, _Keyed(accounts, endpoint), methods=[method])
+
+    def counted(path: str, endpoint: Endpoint) -> Route:
+        async def count(scope: Scope, receive: Receive, send: Send, account: Account) -> None:
+            scope["state"]["headers"].update(quotas.request(account))
+            await idempotency.run(endpoint, scope, receive, send, account)
+
+        return keyed(path, "POST", count)
 
     def local(path: str, page: Page) -> Route:
         return Route(path, _KeyedUnlessLocal(accounts, page), methods=["GET"])
@@ -95,16 +119,19 @@ def create_app(
     }
     app = Starlette(
         routes=[
-            keyed("/v1/chat/completions", "POST", generator.chat),
-            keyed("/v1/completions", "POST", generator.completion),
+            counted("/v1/chat/completions", generator.chat),
+            counted("/v1/completions", generator.completion),
+            counted("/v1/responses", responder.respond),
+            counted("/v1/embeddings", embedder.embed),
             keyed("/v1/models", "GET", list_models),
             keyed("/v1/models/{id:path}", "GET", show_model),
             keyed("/v1/shoal/status", "GET", show_status),
             local("/health", health),
             local("/ready", readiness),
             local("/metrics", exposition),
+            local("/version", version),
         ],
-        middleware=[Middleware(_Identified, metrics=metrics), Middleware(HostCheck, hosts=hosts)],
+        middleware=[Middleware(_Identified, metrics=metrics), Middleware(HostCheck, hosts=hosts), *_cors(origins)],
         exception_handlers=handlers,
     )
     # A redirect would be built from the Host header.
@@ -152,6 +179,38 @@ def authenticate(scope: Scope, accounts: Accounts) -> Account:
     return account
 
 
+def _chosen(scope: Scope, models: Mapping[str, Served]) -> Mapping[str, Served]:
+    """The models, or the one that `?model=` names. Raises RequestError (404)."""
+    name = QueryParams(scope["query_string"]).get("model")
+    if name is None:
+        return models
+    if name not in models:
+        raise RequestError(
+            f"The model {name[:100]!r} does not exist here.", param="model", code="model_not_found", status=404
+        )
+    return {name: models[name]}
+
+
+def _cors(origins: Sequence[str]) -> list[Middleware]:
+    """Lets pages of these origins read answers. They need a key like everybody; cookies play no part."""
+    if not origins:
+        return []
+    exposed = ["openai-processing-ms", "retry-after", "x-request-id", "x-shoal-ignored", "x-should-retry"]
+    exposed += [f"x-ratelimit-{part}-{what}" for part in ("limit", "remaining", "reset") for what in _COUNTED]
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=list(origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],  # OpenAI's JavaScript package sends a dozen of its own
+            expose_headers=exposed,
+        )
+    ]
+
+
+_COUNTED = ("requests", "tokens")
+
+
 def _is_local(scope: Scope) -> bool:
     """True for a peer on this machine, unless it says that it forwards for somebody else."""
     headers = Headers(scope=scope)
@@ -179,7 +238,8 @@ class _Identified:
             await self._app(scope, receive, send)
             return
         request_id = secrets.token_hex(16)
-        scope.setdefault("state", {})["request_id"] = request_id
+        added: dict[str, str] = {}  # what inner parts want to say in headers of the answer, whatever it will be
+        scope.setdefault("state", {}).update(request_id=request_id, headers=added)
         started_s = time.perf_counter()
         status = 0
 
@@ -190,6 +250,9 @@ class _Identified:
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
                 headers["x-content-type-options"] = "nosniff"
+                headers["openai-processing-ms"] = str(round((time.perf_counter() - started_s) * 1e3))
+                for name, value in added.items():
+                    headers.setdefault(name, value)
                 headers.setdefault("cache-control", "no-store")
             await send(message)
 
@@ -205,7 +268,13 @@ class _Identified:
             method = scope["method"] if scope["method"] in _METHODS else "other"
             self._metrics.http_requests.labels(method, _route(scope), shown).inc()
             elapsed_s = time.perf_counter() - started_s
-            access.info("%s %s %s %s %.3f s", request_id, method, _route(scope), shown, elapsed_s)
+            access.info("%s %s %s %s %.3f s%s", request_id, method, _route(scope), shown, elapsed_s, _retries(scope))
+
+
+def _retries(scope: Scope) -> str:
+    """How often the client has tried before, if it says so; OpenAI's packages do."""
+    said = Headers(scope=scope).get("x-stainless-retry-count", "0")
+    return f" retry {said}" if re.fullmatch(r"[1-9][0-9]{0,3}", said) else ""
 
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})

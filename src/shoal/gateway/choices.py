@@ -48,6 +48,11 @@ class Order:
     def prompt_tokens(self) -> int:
         return sum(map(len, self.prompts))
 
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of all prompts and, at most, of all answers."""
+        return self.prompt_tokens + self.choices_per_prompt * sum(self.max_tokens)
+
 
 @dataclass(frozen=True, slots=True)
 class TokenReport:

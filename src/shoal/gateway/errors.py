@@ -45,6 +45,12 @@ class RequestError(UsageError):
         self.headers = dict(headers or {})
 
 
+class Interrupted(ShoalError):
+    """The gateway stops, or failed, while an answer was running."""
+
+    code = "interrupted"
+
+
 def shown_to_callers(error: ShoalError) -> bool:
     """True when the message was written for whoever sent the request."""
     return isinstance(error, UsageError | Full | SwarmIncomplete | PolicyUnmet)

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Mapping, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from shoal.errors import ContextTooLong, ShoalError
@@ -22,31 +21,18 @@ from shoal.gateway.accounts import Account
 from shoal.gateway.answers import ChatDialect, CompletionDialect, Dialect, usage
 from shoal.gateway.chat import ChatTemplate
 from shoal.gateway.choices import Choices, Order, Piece
-from shoal.gateway.errors import RequestError, error_body, shown_to_callers
-from shoal.gateway.limits import ClientGone, Gate, Limits, patient, read_body
+from shoal.gateway.errors import Interrupted, RequestError, error_body, shown_to_callers
+from shoal.gateway.limits import FAREWELL_S, ClientGone, Gate, Limits, patient, read_body, while_connected
 from shoal.gateway.metrics import Metrics, RequestMeter
 from shoal.gateway.openai import ChatRequest, CompletionRequest, ignored_header, read
-from shoal.gateway.replies import dumps
+from shoal.gateway.quotas import Bill, Quotas
+from shoal.gateway.replies import PING, STREAM_HEADERS, event, send_end, send_json, send_part, send_start
 from shoal.gateway.served import Served
 from shoal.gateway.text import Vocabulary
 
 logger = logging.getLogger("shoal.gateway")
 
-_STREAM_HEADERS = {
-    "content-type": "text/event-stream; charset=utf-8",
-    "cache-control": "no-cache",
-    # nginx would collect the stream and hand it out in lumps.
-    "x-accel-buffering": "no",
-}
-_FAREWELL_S = 1.0
-_PING = b": ping\n\n"
 _DONE = b"data: [DONE]\n\n"
-
-
-class Interrupted(ShoalError):
-    """The gateway stops, or failed, while an answer was running."""
-
-    code = "interrupted"
 
 
 class OfferedModel:
@@ -60,11 +46,11 @@ class OfferedModel:
     def chat_prompt(self, request: ChatRequest) -> list[list[int]]:
         # The template writes the special tokens itself.
         text = self.template.render(request.messages)
-        return [self._encode(text, "messages", add_special_tokens=False)]
+        return [self.encode(text, "messages", add_special_tokens=False)]
 
     def prompts(self, request: CompletionRequest) -> list[list[int]]:
         return [
-            self._encode(prompt, "prompt", add_special_tokens=True) if isinstance(prompt, str) else prompt
+            self.encode(prompt, "prompt", add_special_tokens=True) if isinstance(prompt, str) else prompt
             for prompt in request.prompts()
         ]
 
@@ -86,7 +72,8 @@ class OfferedModel:
             lengths.append(wanted)
         return lengths
 
-    def _encode(self, text: str, param: str, *, add_special_tokens: bool) -> list[int]:
+    def encode(self, text: str, param: str, *, add_special_tokens: bool) -> list[int]:
+        """A text of the request as token ids; `param` is the field it stands in."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -102,6 +89,7 @@ class Generator:
     limits: Limits
     metrics: Metrics
     gate: Gate
+    quotas: Quotas
 
     async def chat(self, scope: Scope, receive: Receive, send: Send, account: Account) -> None:
         """POST /v1/chat/completions."""
@@ -112,11 +100,11 @@ class Generator:
             request.check(model.vocabulary.size)
             # Rendering and tokenising a long prompt takes long enough to stall the streams of everybody else.
             prompts = await asyncio.to_thread(model.chat_prompt, request)
-            order = self._order(scope, request, model, prompts)
+            order = self.order(scope, request, model, prompts)
             dialect = ChatDialect(
                 model.served.name, order.request_id, model.vocabulary, logprobs=request.alternatives is not None
             )
-            await self._deliver(_Delivery(order, dialect, request, ignored), receive, send)
+            await self._deliver(_Delivery(order, dialect, request, ignored), account, scope, receive, send)
 
     async def completion(self, scope: Scope, receive: Receive, send: Send, account: Account) -> None:
         """POST /v1/completions."""
@@ -126,11 +114,11 @@ class Generator:
             model = self.pick(request.model, account)
             request.check(model.vocabulary.size)
             prompts = await asyncio.to_thread(model.prompts, request)
-            order = self._order(scope, request, model, prompts)
+            order = self.order(scope, request, model, prompts)
             dialect = CompletionDialect(
                 model.served.name, order.request_id, model.vocabulary, alternatives=request.alternatives
             )
-            await self._deliver(_Delivery(order, dialect, request, ignored), receive, send)
+            await self._deliver(_Delivery(order, dialect, request, ignored), account, scope, receive, send)
 
     def pick(self, name: str, account: Account) -> OfferedModel:
         """The model of that name. Raises RequestError: 403 not for this key (existing or not), 404 unknown."""
@@ -147,7 +135,7 @@ class Generator:
             )  # fmt: skip
         return model
 
-    def _order(
+    def order(
         self, scope: Scope, request: ChatRequest | CompletionRequest, model: OfferedModel, prompts: list[list[int]]
     ) -> Order:
         return Order(
@@ -162,11 +150,24 @@ class Generator:
             request_id=scope["state"]["request_id"],
         )
 
-    async def _deliver(self, delivery: _Delivery, receive: Receive, send: Send) -> None:
+    async def _deliver(self, delivery: _Delivery, account: Account, scope: Scope, receive: Receive, send: Send) -> None:
+        work = _stream if delivery.request.stream else _answer
+        async with self.metered(delivery.order.most_tokens, account, scope) as (meter, bill):
+            sending = bill.before_the_end(patient(send, self.limits))
+            await while_connected(receive, work(delivery, meter, self.limits, sending))
+
+    @asynccontextmanager
+    async def metered(
+        self, most_tokens: int, account: Account, scope: Scope
+    ) -> AsyncIterator[tuple[RequestMeter, Bill]]:
+        """Measures and bills what the block does. Raises QuotaExceeded before anything begins, for a request that may
+        use more than its key may."""
+        state = scope["state"]
         with self.metrics.request() as meter:
-            work = _stream if delivery.request.stream else _answer
             try:
-                await _while_connected(receive, work(delivery, meter, self.limits, patient(send, self.limits)))
+                with self.quotas.bill(account, meter, most_tokens) as bill:
+                    state["headers"].update(self.quotas.token_headers(account))
+                    yield meter, bill
             except ShoalError as error:
                 meter.failed(error.code)
                 raise
@@ -176,6 +177,8 @@ class Generator:
             except BaseException:
                 meter.failed(Interrupted.code)
                 raise
+            finally:
+                state["failed"] = meter.error is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,16 +205,14 @@ async def _answer(delivery: _Delivery, meter: RequestMeter, limits: Limits, send
         async with aclosing(choices.pieces()) as arriving:
             async for piece in arriving:
                 if piece is not None:
-                    _count(piece, meter)
+                    count(piece, meter)
                     kept[piece.choice].append(piece)
     answer = {
         **delivery.dialect.envelope(stream=False),
         "choices": [delivery.dialect.whole(pieces) for pieces in kept],
         "usage": usage(order.prompt_tokens, sum(map(len, kept))),
     }
-    response = Response(dumps(answer), headers=delivery.headers, media_type="application/json")
-    await _send_start(send, 200, response.headers)
-    await send({"type": "http.response.body", "body": response.body})
+    await send_json(send, answer, delivery.headers)
 
 
 async def _stream(delivery: _Delivery, meter: RequestMeter, limits: Limits, send: Send) -> None:
@@ -219,23 +220,36 @@ async def _stream(delivery: _Delivery, meter: RequestMeter, limits: Limits, send
     async with Choices(delivery.order) as choices:
         await choices.admitted()
         meter.admitted(delivery.order.prompt_tokens)
-        await _send_start(send, 200, {**_STREAM_HEADERS, **delivery.headers})
-        try:
+        await send_start(send, 200, {**STREAM_HEADERS, **delivery.headers})
+
+        async def tell(error: ShoalError) -> None:
+            await send_end(send, event(error_body(error)))
+
+        async with told_in_stream(tell, meter, delivery.order.request_id):
             await _send_chunks(delivery, choices, meter, limits, send)
-        except ShoalError as error:
-            if not shown_to_callers(error):
-                logger.error("request %s: %s", delivery.order.request_id, error)
-            meter.failed(error.code)
-            await _send_end(send, _event(error_body(error)))
-        except ClientGone:
-            raise
-        except BaseException as error:
-            # A fault of ours, or the gateway stops: the client must not take what it has for the whole answer.
-            # When it was the client that left, this is sent to nobody; when it reads no more, nobody waits for it.
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_FAREWELL_S):
-                    await _send_end(send, _event(error_body(Interrupted(type(error).__name__))))
-            raise
+
+
+@asynccontextmanager
+async def told_in_stream(
+    tell: Callable[[ShoalError], Awaitable[None]], meter: RequestMeter, request_id: str
+) -> AsyncIterator[None]:
+    """For a stream that has begun: what fails inside the block is told to the client by `tell`."""
+    try:
+        yield
+    except ShoalError as error:
+        if not shown_to_callers(error):
+            logger.error("request %s: %s", request_id, error)
+        meter.failed(error.code)
+        await tell(error)
+    except ClientGone:
+        raise
+    except BaseException as error:
+        # A fault of ours, or the gateway stops: the client must not take what it has for the whole answer.
+        # When it was the client that left, this is sent to nobody; when it reads no more, nobody waits for it.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(FAREWELL_S):
+                await tell(Interrupted(type(error).__name__))
+        raise
 
 
 async def _send_chunks(delivery: _Delivery, choices: Choices, meter: RequestMeter, limits: Limits, send: Send) -> None:
@@ -245,7 +259,7 @@ async def _send_chunks(delivery: _Delivery, choices: Choices, meter: RequestMete
     extra: dict[str, Any] = {"usage": None} if delivery.request.include_usage else {}
 
     async def send_choice(entry: dict[str, Any]) -> None:
-        await _send_part(send, _event({**envelope, "choices": [entry], **extra}))
+        await send_part(send, event({**envelope, "choices": [entry], **extra}))
 
     for choice in range(order.choices):
         opening = dialect.opening(choice)
@@ -255,55 +269,18 @@ async def _send_chunks(delivery: _Delivery, choices: Choices, meter: RequestMete
     async with aclosing(choices.pieces(limits.ping_s)) as arriving:
         async for piece in arriving:
             if piece is None:
-                await _send_part(send, _PING)
+                await send_part(send, PING)
                 continue
             tokens += 1
-            _count(piece, meter)
+            count(piece, meter)
             await send_choice(dialect.delta(piece))
     last = b""
     if delivery.request.include_usage:
-        last = _event({**envelope, "choices": [], "usage": usage(order.prompt_tokens, tokens)})
-    await _send_end(send, last + _DONE)
+        last = event({**envelope, "choices": [], "usage": usage(order.prompt_tokens, tokens)})
+    await send_end(send, last + _DONE)
 
 
-def _count(piece: Piece, meter: RequestMeter) -> None:
+def count(piece: Piece, meter: RequestMeter) -> None:
     meter.token(piece.choice)
     if piece.finish:
         meter.finished(piece.finish)
-
-
-async def _while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
-    """Run `work`, and cancel it the moment the client closes its connection. Raises what `work` raises."""
-    working = asyncio.create_task(work)
-    leaving = asyncio.create_task(_disconnection(receive))
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientGone
-        working.result()
-    finally:
-        working.cancel()
-        leaving.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
-
-
-async def _disconnection(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-def _event(value: dict[str, Any]) -> bytes:
-    return b"data: " + dumps(value) + b"\n\n"
-
-
-async def _send_start(send: Send, status: int, headers: Mapping[str, str]) -> None:
-    raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": status, "headers": raw})
-
-
-async def _send_part(send: Send, body: bytes) -> None:
-    await send({"type": "http.response.body", "body": body, "more_body": True})
-
-
-async def _send_end(send: Send, body: bytes) -> None:
-    await send({"type": "http.response.body", "body": body, "more_body": False})

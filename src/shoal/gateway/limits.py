@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator
+from collections.abc import Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shoal.gateway.errors import RequestError, error_response
 
+FAREWELL_S = 1.0
+"""So long a client may take to hear that its answer was broken off."""
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 
@@ -40,6 +43,12 @@ class Limits:
     """A waiting stream says so this often; proxies give up on silent connections after 30 s or more."""
     shutdown_s: float = 30.0
     """Running answers may take so long to end when the gateway stops."""
+    kept_answer_s: float = 3600.0
+    """So long the answer to a request with an idempotency key is kept for a retry."""
+    kept_answer_bytes: int = 4 * 1024 * 1024
+    """An answer that is longer is sent, but not kept."""
+    kept_answers_bytes: int = 64 * 1024 * 1024
+    """Room for all kept answers; one API key may fill a quarter of it. The oldest go first."""
 
 
 class BodyTooLarge(RequestError):
@@ -95,6 +104,26 @@ def patient(send: Send, limits: Limits) -> Send:
             raise ClientGone from error
 
     return send_in_time
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+    """Run `work`, and cancel it the moment the client closes its connection: ClientGone. Raises what `work` raises."""
+    working = asyncio.create_task(work)
+    leaving = asyncio.create_task(_disconnection(receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGone
+        working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _disconnection(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 class Gate:

@@ -7,15 +7,23 @@ can be moved. Labels never hold a key, a tenant or text.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from shoal.spec.ids import BlockRange
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 _REQUEST_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+
+
+Coverage = Sequence[tuple[BlockRange, int]]
+"""A model's blocks in order, as ranges of equally many servers that host them."""
 
 
 class Metrics:
@@ -38,6 +46,12 @@ class Metrics:
         )
         self.prompt_tokens = Counter("shoal_prompt_tokens", "Tokens of admitted prompts.", registry=registry)
         self.generation_tokens = Counter("shoal_generation_tokens", "Generated tokens.", registry=registry)
+        self.queue_s = Histogram(
+            "shoal_request_queue_time_seconds",
+            "From the request to its admission by every server of its chain.",
+            buckets=_REQUEST_BUCKETS_S,
+            registry=registry,
+        )
         self.first_token_s = Histogram(
             "shoal_time_to_first_token_seconds",
             "From the request to its first token.",
@@ -64,6 +78,10 @@ class Metrics:
         """Count a rebuilt chain. `cause` is one of a few fixed words, such as "closed", "silent" or "drained"."""
         self.failovers.labels(cause).inc()
 
+    def watch(self, coverage: Callable[[], Mapping[str, Coverage]]) -> None:
+        """Export who hosts what of each model, as it is whenever somebody asks. Called once."""
+        self.registry.register(_Hosted(coverage))
+
     def exposition(self) -> bytes:
         """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
@@ -78,10 +96,33 @@ class Metrics:
             meter.close()
 
 
+class _Hosted(Collector):
+    """Gauges that are computed when they are asked for: a span that no longer exists leaves no number behind."""
+
+    def __init__(self, coverage: Callable[[], Mapping[str, Coverage]]) -> None:
+        self._coverage = coverage
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        blocks = GaugeMetricFamily("shoal_blocks", "Blocks of the model.", labels=["model"])
+        covered = GaugeMetricFamily("shoal_blocks_covered", "Blocks that a server hosts.", labels=["model"])
+        replicas = GaugeMetricFamily(
+            "shoal_replicas", "Servers that host a range of blocks.", labels=["model", "span"]
+        )  # fmt: skip
+        for model, ranges in self._coverage().items():
+            blocks.add_metric([model], sum(len(span) for span, _ in ranges))
+            covered.add_metric([model], sum(len(span) for span, servers in ranges if servers))
+            for span, servers in ranges:
+                replicas.add_metric([model, str(span)], servers)
+        return blocks, covered, replicas
+
+
 class RequestMeter:
     """The measurements of one generation request with one or several choices."""
 
     def __init__(self, metrics: Metrics) -> None:
+        self.prompt_tokens = 0
+        self.generated_tokens = 0
+        self.error: str | None = None
         self._metrics = metrics
         self._started_s = time.perf_counter()
         self._last_token_s: dict[int, float] = {}
@@ -91,13 +132,20 @@ class RequestMeter:
     def admitted(self, prompt_tokens: int) -> None:
         """Every choice has a place; from now on the request is running."""
         self._admitted = True
+        self.prompt_tokens = prompt_tokens
+        self._metrics.queue_s.observe(time.perf_counter() - self._started_s)
         self._metrics.waiting.dec()
         self._metrics.running.inc()
         self._metrics.prompt_tokens.inc(prompt_tokens)
 
+    @property
+    def was_admitted(self) -> bool:
+        return self._admitted
+
     def token(self, choice: int) -> None:
         """A token of `choice` is there."""
         now_s = time.perf_counter()
+        self.generated_tokens += 1
         self._metrics.generation_tokens.inc()
         if choice in self._last_token_s:
             self._metrics.inter_token_s.observe(now_s - self._last_token_s[choice])
@@ -111,6 +159,7 @@ class RequestMeter:
 
     def failed(self, code: str) -> None:
         """The request ended with an error."""
+        self.error = code
         self._metrics.errors.labels(code).inc()
 
     def close(self) -> None:

@@ -22,6 +22,8 @@ MAX_STOP_CHARS = 256
 MAX_TOP_LOGPROBS = 20
 MAX_BIASES = 1024  # each costs a little at every token
 MAX_CHOICES = 32
+MAX_INPUTS = 2048  # OpenAI's bound, which packages count on when they cut their batches
+MAX_EMBEDDED_VALUES = 2**23  # of all vectors of an answer: 160 MB of JSON
 MAX_IGNORED_SHOWN = 20
 DEFAULT_COMPLETION_TOKENS = 16  # what OpenAI's legacy endpoint gives when nothing is asked
 
@@ -170,11 +172,11 @@ class ChatRequest(_Request, kw_only=True):
                 hint="Send only max_completion_tokens.",
             )
         if self.tools or self.functions:
-            raise _not_offered("tools" if self.tools else "functions", "Tool calls are not offered.")
+            raise not_offered("tools" if self.tools else "functions", "Tool calls are not offered.")
         if self.response_format is not None and self.response_format.type != "text":
-            raise _not_offered("response_format", "Only answers of type text are offered.")
+            raise not_offered("response_format", "Only answers of type text are offered.")
         if self.modalities not in (None, [], ["text"]):
-            raise _not_offered("modalities", "Only text is offered.")
+            raise not_offered("modalities", "Only text is offered.")
 
     @property
     def limit(self) -> int | None:
@@ -205,29 +207,15 @@ class CompletionRequest(_Request, kw_only=True):
             if not isinstance(tokens, str) and any(token >= vocabulary_size for token in tokens):
                 raise RequestError(f"A prompt holds token ids above {vocabulary_size - 1}.", param="prompt")
         if self.echo:
-            raise _not_offered("echo", "Repeating the prompt is not offered.")
+            raise not_offered("echo", "Repeating the prompt is not offered.")
         if self.suffix:
-            raise _not_offered("suffix", "Text after the completion is not offered.")
+            raise not_offered("suffix", "Text after the completion is not offered.")
         if self.best_of is not None and self.best_of != self.choices:
-            raise _not_offered("best_of", "Every choice that is generated is returned.")
+            raise not_offered("best_of", "Every choice that is generated is returned.")
 
     def prompts(self) -> list[str | list[int]]:
         """One prompt per entry, as text or as token ids. Raises RequestError for a mixture."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        texts = [entry for entry in self.prompt if isinstance(entry, str)]
-        tokens = [entry for entry in self.prompt if isinstance(entry, int)]
-        lists = [entry for entry in self.prompt if isinstance(entry, list)]
-        if len(texts) == len(self.prompt):
-            return list(texts)
-        if len(tokens) == len(self.prompt):
-            return [tokens]
-        if len(lists) == len(self.prompt):
-            return list(lists)
-        raise RequestError(
-            "A prompt is a string, a list of strings, a list of token ids or a list of such lists, not a mixture.",
-            param="prompt",
-        )
+        return entries(self.prompt, "prompt")
 
     @property
     def limit(self) -> int | None:
@@ -238,7 +226,56 @@ class CompletionRequest(_Request, kw_only=True):
         return self.logprobs
 
 
-RequestT = TypeVar("RequestT", bound=_Request)
+class EmbeddingRequest(msgspec.Struct, kw_only=True):
+    """POST /v1/embeddings."""
+
+    model: str
+    input: str | Annotated[list[str | _Token | list[_Token]], Meta(min_length=1)]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: _Count | None = None
+
+    def check(self, vocabulary_size: int, embedding_size: int) -> None:
+        """Raises RequestError for what the types alone do not say."""
+        inputs = self.inputs()
+        most = min(MAX_INPUTS, MAX_EMBEDDED_VALUES // embedding_size)
+        if len(inputs) > most:
+            raise RequestError(
+                f"At most {most} inputs are embedded at once.", param="input", hint="Send several requests."
+            )
+        for tokens in inputs:
+            if not isinstance(tokens, str) and any(token >= vocabulary_size for token in tokens):
+                raise RequestError(f"An input holds token ids above {vocabulary_size - 1}.", param="input")
+        if self.dimensions is not None and self.dimensions > embedding_size:
+            raise RequestError(
+                f"This model's embeddings have {embedding_size} dimensions.",
+                param="dimensions",
+                hint="Ask for that many, or for fewer.",
+            )
+
+    def inputs(self) -> list[str | list[int]]:
+        return entries(self.input, "input")
+
+
+def entries(prompt: str | list[str | int | list[int]], param: str) -> list[str | list[int]]:
+    """One prompt per entry, as text or as token ids. Raises RequestError for a mixture."""
+    if isinstance(prompt, str):
+        return [prompt]
+    texts = [entry for entry in prompt if isinstance(entry, str)]
+    tokens = [entry for entry in prompt if isinstance(entry, int)]
+    lists = [entry for entry in prompt if isinstance(entry, list)]
+    if len(texts) == len(prompt):
+        return list(texts)
+    if len(tokens) == len(prompt):
+        return [tokens]
+    if len(lists) == len(prompt):
+        return list(lists)
+    raise RequestError(
+        f"The {param} is a string, a list of strings, a list of token ids or a list of such lists, not a mixture.",
+        param=param,
+    )
+
+
+RequestT = TypeVar("RequestT", bound=msgspec.Struct)
 
 _OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
@@ -276,7 +313,7 @@ def _complaint(text: str) -> tuple[str, str | None]:
     return f"{message.replace('`', '')}{f' in {param}' if param else ''}.", param or None
 
 
-def _not_offered(param: str, reason: str) -> RequestError:
+def not_offered(param: str, reason: str) -> RequestError:
     return RequestError(reason, param=param, code="unsupported_parameter", hint=f"Leave out {param}.")
 
 

@@ -43,6 +43,7 @@ class Served(Protocol):
     context_length: int
     created: int
     eos_ids: frozenset[int]
+    embedding_size: int
     zones: tuple[Zones, ...]
     """Trust zones that hold for every request to this model; `generate` applies them by itself."""
 
@@ -73,8 +74,27 @@ class Served(Protocol):
         """
         ...
 
+    async def embed(
+        self,
+        prompt: list[int],
+        *,
+        request_id: str,
+        zones: Sequence[Zones] = (),
+        on_host: Callable[[str, BlockRange], None] | None = None,
+    ) -> list[float]:
+        """What the model makes of a whole text: a vector of length 1 with `embedding_size` values.
+
+        `zones` and `on_host` are as for `generate`. Raises as `generate` does before its first item. Cancelling frees
+        the session at once.
+        """
+        ...
+
+    def coverage(self) -> Sequence[tuple[BlockRange, int]]:
+        """The model's blocks in order, as ranges of equally many servers that host them; 0: missing."""
+        ...
+
     async def status(self) -> dict[str, Any]:
-        """Who hosts what, as JSON."""
+        """Who hosts what, as JSON. Has "covered": whether every block is hosted."""
         ...
 
 
@@ -85,3 +105,21 @@ class ReadyState:
     ready: bool
     reason: str = ""
     models: Mapping[str, bool] = field(default_factory=dict)
+
+
+def ready_state(models: Mapping[str, Served]) -> ReadyState:
+    """Ready when every block of every model is hosted."""
+    missing = {
+        name: [str(span) for span, servers in served.coverage() if not servers] for name, served in models.items()
+    }
+    reasons = [f"No server hosts blocks {', '.join(spans)} of {name}." for name, spans in missing.items() if spans]
+    return ReadyState(not reasons, " ".join(reasons), {name: not spans for name, spans in missing.items()})
+
+
+async def status_page(models: Mapping[str, Served]) -> dict[str, Any]:
+    """Who hosts what: the status of a model that is alone, or of the first one with those of all under "models"."""
+    pages = [await served.status() for served in models.values()]
+    if len(pages) == 1:
+        return pages[0]
+    first = pages[0] if pages else {}  # for programs that know one model only
+    return {**first, "covered": all(page["covered"] for page in pages), "models": pages}

@@ -19,11 +19,13 @@ from starlette.routing import Route
 from shoal.gateway.accounts import Accounts
 from shoal.gateway.app import create_app
 from shoal.gateway.limits import Limits
-from shoal.gateway.openai import ChatRequest, CompletionRequest
-from shoal.gateway.served import ReadyState, Tokenizer
+from shoal.gateway.openai import ChatRequest, CompletionRequest, EmbeddingRequest
+from shoal.gateway.responses import ResponseRequest
+from shoal.gateway.served import Tokenizer
 from shoal.gateway.server import serve
 from shoal.hostile.structures import STRANGERS, Maker, damaged
 from shoal.hostile.targets import Target
+from shoal.spec.ids import BlockRange
 from shoal.spec.sampling import Sampled, SamplingParams
 from shoal.swarm.trust import Zones
 
@@ -64,6 +66,7 @@ class Parrot:
         self.context_length = 512
         self.created = 1_700_000_000
         self.eos_ids = frozenset({257})
+        self.embedding_size = 4
         self.zones: tuple[Zones, ...] = ()
         self.tokenizer: Tokenizer = Letters()
 
@@ -84,19 +87,22 @@ class Parrot:
         for token in tokens:
             yield Sampled(token, None if params.logprobs is None else -0.5, top)
 
+    async def embed(self, prompt: list[int], *, request_id: str, **others: Any) -> list[float]:
+        return [0.5] * self.embedding_size
+
+    def coverage(self) -> list[tuple[BlockRange, int]]:
+        return [(BlockRange(0, 2), 1)]
+
     async def status(self) -> dict[str, Any]:
-        return {"model": self.name}
+        return {"model": self.name, "covered": True}
 
 
 def application(folder: Path, limits: Limits = LIMITS) -> tuple[Starlette, Accounts]:
     """The gateway's application over `Parrot`, its key file in `folder`."""
     accounts = Accounts(folder / "accounts.sqlite")
 
-    async def ready() -> ReadyState:
-        return ReadyState(True)
-
     model = Parrot()
-    app = create_app({model.name: model}, accounts, ready=ready, status=model.status, limits=limits)
+    app = create_app({model.name: model}, accounts, limits=limits)
     return app, accounts
 
 
@@ -108,6 +114,8 @@ def posts(app: Starlette) -> list[str]:
 BODIES: dict[str, type] = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
+    "/v1/responses": ResponseRequest,
+    "/v1/embeddings": EmbeddingRequest,
 }
 """What each path reads its body as; a test holds it against the application's routes."""
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 from shoal.errors import PolicyUnmet, SwarmIncomplete
@@ -142,6 +143,17 @@ def route(
         return None
     expected_ms, last = min(finals)
     return Chain(_walk_back(options, entered, last, end), expected_ms)
+
+
+def coverage(records: Iterable[Record], model: str, num_blocks: int) -> list[tuple[BlockRange, int]]:
+    """The blocks of a model in order, as ranges of equally many online servers that host them; 0 where nobody does."""
+    servers = [0] * num_blocks
+    for record in records:
+        if record.state == "online" and record.span is not None and record.span.model == model:
+            for block in range(record.span.start, min(record.span.end, num_blocks)):
+                servers[block] += 1
+    borders = [0, *(block for block in range(1, num_blocks) if servers[block] != servers[block - 1]), num_blocks]
+    return [(BlockRange(start, end), servers[start]) for start, end in pairwise(borders)]
 
 
 def missing_blocks(
