@@ -48,11 +48,21 @@ LAYERS = {
         never=(*INPUT_AND_OUTPUT, *CLOCKS_AND_CHANCE, "numpy"),
     ),
     "compute": Layer(("spec",), "the mathematics is tested alone against a reference", never=NETWORK),
-    "net": Layer(("spec", "wire", "swarm"), "transport does not care what flows", never=("torch", "transformers")),
-    "admin": Layer(("spec", "wire", "swarm", "net"), "admission knows no model", never=("torch", "transformers")),
+    "manifest": Layer(
+        ("spec",),
+        "what was signed must be checkable without a swarm",
+        only=("cryptography",),
+        never=("asyncio", "socket", "ssl"),
+    ),
+    "net": Layer(
+        ("spec", "wire", "swarm", "manifest"), "transport does not care what flows", never=("torch", "transformers")
+    ),
+    "admin": Layer(
+        ("spec", "wire", "swarm", "net", "manifest"), "admission knows no model", never=("torch", "transformers")
+    ),
     "server": Layer(("spec", "wire", "swarm", "compute", "net"), "server and client meet only in wire and swarm"),
     "client": Layer(("spec", "wire", "swarm", "compute", "net"), "client and server meet only in wire and swarm"),
-    "gateway": Layer(("spec", "swarm", "client"), "it is a client with accounts"),
+    "gateway": Layer(("spec", "swarm", "client", "manifest"), "it is a client with accounts"),
     "sim": Layer(
         ("spec", "wire", "swarm"),
         "no real time, no real bytes",
@@ -74,7 +84,20 @@ LAYERS = {
         "`shoal --help` stays instant: import it inside the command's function",
         never_at_top=(
             *HEAVY,
-            *("wire", "swarm", "compute", "net", "server", "client", "gateway", "sim", "launch", "bench", "hostile"),
+            *(
+                "wire",
+                "swarm",
+                "compute",
+                "manifest",
+                "net",
+                "server",
+                "client",
+                "gateway",
+                "sim",
+                "launch",
+                "bench",
+                "hostile",
+            ),
         ),
     ),
 }

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from shoal.errors import DiskFull, Full, ShoalError, UsageError
-from shoal.net.identity import Peer, Role, make_private
+from shoal.manifest.files import make_private
+from shoal.net.identity import Peer, Role
 
 MAX_REVOKED = 1000
 

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from shoal.errors import PeerLost, ProtocolError, Refused, ShoalError, UsageError
+from shoal.manifest.files import write_private
 from shoal.net.home import Home, SwarmFile
 from shoal.net.identity import (
     UNREADABLE,
@@ -30,7 +31,6 @@ from shoal.net.identity import (
     peer_of_certificate,
     pem_of,
     swarm_of,
-    write_private,
 )
 from shoal.net.transport import Address
 from shoal.wire import enrolment

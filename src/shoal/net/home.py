@@ -21,7 +21,8 @@ from pathlib import Path
 import msgspec
 
 from shoal.errors import UsageError
-from shoal.net.identity import Authority, NodeIdentity, create_ca, create_issuer, issue_node, write_private
+from shoal.manifest.files import write_private
+from shoal.net.identity import Authority, NodeIdentity, create_ca, create_issuer, issue_node
 
 RENEW_ISSUER_BELOW = datetime.timedelta(days=30)
 _NODE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")

@@ -15,9 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import errno
 import hashlib
-import os
 import re
 import ssl
 import tempfile
@@ -34,7 +32,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 
-from shoal.errors import DiskFull, Refused, ShoalError, UsageError
+from shoal.errors import Refused, ShoalError, UsageError
+from shoal.manifest.files import write_private
 from shoal.spec.ids import NodeId
 
 Role = Literal["server", "client", "gateway", "admin"]
@@ -541,34 +540,6 @@ def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-
-
-def make_private(path: Path) -> None:
-    """Make a directory and those above it that are missing, each for its owner only (mkdir's `parents` would open the
-    ones above to everybody)."""
-    if not path.exists():
-        make_private(path.parent)
-        path.mkdir(mode=0o700, exist_ok=True)
-
-
-def write_private(path: Path, data: bytes) -> None:
-    """Write `path` whole or not at all, readable by its owner only from its first moment on."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        make_private(path.parent)
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        kind = DiskFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else ShoalError
-        raise kind(
-            f"Cannot write {path}: {error.strerror}.", hint="Free some space there or choose another directory."
-        ) from error
 
 
 def _read(path: Path) -> bytes:

@@ -1,0 +1,52 @@
+"""Audit logs for tests: real keys and certificates, and a check that remembers what it has checked."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from shoal.errors import Refused
+from shoal.manifest.chain import AuditLog, Verdict, verify
+from shoal.net.identity import Credential, NodeIdentity, Trust
+from support.networks import identity, issuer
+
+
+@cache
+def _credential(chain: tuple[bytes, ...], at: float) -> Credential:
+    return Trust(issuer("demo").trusted_pem).credential(chain, datetime.datetime.fromtimestamp(at, datetime.UTC))
+
+
+def check(chain: Sequence[bytes], at: float, node: str) -> Credential:
+    credential = _credential(tuple(chain), at)
+    if credential.peer.node != node:
+        raise Refused("other node")
+    return credential
+
+
+def log_of(folder: Path, node: NodeIdentity | None = None, **options: Any) -> AuditLog:
+    node = node or identity("gateway")
+    return AuditLog(folder, node.sign, node.peer.node, node.chain_der, **options)
+
+
+def verdict(folder: Path, **options: Any) -> Verdict:
+    return verify(folder, check, **options)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """What there is to tamper with."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "audit.lock"}
+
+
+def put(folder: Path, content: dict[str, bytes]) -> None:
+    """Make the folder hold exactly these files."""
+    for path in folder.iterdir():
+        if path.name not in content and path.name != "audit.lock":
+            path.unlink()
+    for name, data in content.items():
+        path = folder / name
+        if not path.exists() or path.read_bytes() != data:
+            path.touch(mode=0o600)
+            path.write_bytes(data)
