@@ -115,7 +115,7 @@ def test_a_log_that_was_changed_is_not_written_to_any_more(tmp_path: Path) -> No
         log.append("c")
     (tmp_path / "audit.jsonl").rename(tmp_path / "away")
     put(tmp_path, older)
-    with pytest.raises(AuditBroken, match="not what this process wrote|shorter"):  # inodes may be used again
+    with pytest.raises(AuditBroken, match=r"not what this process wrote|shorter"):  # inodes may be used again
         log.append("c")
     put(tmp_path, {"audit.head": newer["audit.head"], "audit.jsonl": older["audit.jsonl"]})
     with pytest.raises(AuditBroken, match=r"audit.head is at entry 2, the log ends at 1"):
