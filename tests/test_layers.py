@@ -69,7 +69,9 @@ LAYERS = {
         only=("msgspec",),
         never=(*INPUT_AND_OUTPUT, "time", "datetime", "secrets", "uuid"),
     ),
-    "launch": Layer(("spec", "net"), "the parts it starts are child processes", never=("torch", "transformers")),
+    "launch": Layer(
+        ("spec", "net", "admin", "manifest"), "the parts it starts are child processes", never=("torch", "transformers")
+    ),
     "hostile": Layer(
         ("spec", "wire", "swarm", "net", "gateway"),
         "it attacks what strangers and members reach; nothing that serves may need it",
@@ -90,6 +92,7 @@ LAYERS = {
                 "compute",
                 "manifest",
                 "net",
+                "admin",
                 "server",
                 "client",
                 "gateway",

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from shoal.cli import output
 from shoal.errors import Full, Refused, ShoalError, SwarmIncomplete, UsageError
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class Api:
         """The API that was named, or the one of the running `shoal up`. Raises UsageError when there is none."""
         from shoal.launch import state
 
-        return cls(*state.find(api, key))
+        return cls(*state.find(api, key, on_several=output.note))
 
     def __enter__(self) -> Api:
         return self

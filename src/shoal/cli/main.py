@@ -19,6 +19,9 @@ from shoal.errors import ShoalError
 
 COMMANDS: dict[str, Entry] = {
     "up": Entry("shoal.cli.up:up", "Run a private swarm on this machine until Ctrl-C."),
+    "init": Entry("shoal.cli.init:init", "Make a new swarm: its authorities and its admin's identity."),
+    "invite": Entry("shoal.cli.invite:invite", "Print a token with which one machine may join, once."),
+    "revoke": Entry("shoal.cli.revoke:revoke", "Throw a node out: its connections are cut within seconds, for good."),
     "status": Entry("shoal.cli.status:status", "Show who hosts which blocks; exit code 3 when some are missing."),
     "generate": Entry("shoal.cli.generate:generate", "Continue a text with the running swarm."),
     "bench": Entry("shoal.cli.bench:bench", "Measure shoal on this machine."),

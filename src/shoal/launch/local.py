@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shoal.admin.own import own_node
 from shoal.errors import UsageError
 from shoal.launch.children import Child, ChildFailed
 from shoal.launch.state import is_running, state_dir
-from shoal.net.identity import NodeIdentity, create_ca, issue_node
+from shoal.manifest.files import make_private
+from shoal.net.home import Home
 
 START_TIMEOUT_S = 600.0
 """Loading a large model from a slow disk takes minutes; a process that fails says so long before."""
@@ -96,16 +98,13 @@ class LocalSwarm:
 
     async def _start(self) -> None:
         plan = self.plan
-        (self.swarm_dir / "logs").mkdir(parents=True, exist_ok=True)
-        authority = create_ca("local")
-        authority.save(_made(self.swarm_dir / "ca"))
-        gateway_identity = issue_node(authority, "gateway")
-        gateway_identity.save(_made(self.swarm_dir / "nodes" / "gateway"))
-        identities: dict[str, NodeIdentity] = {}
-        for number in range(plan.servers * plan.replicas):
-            name = f"server-{number}"
-            identities[name] = issue_node(authority, "server")
-            identities[name].save(_made(self.swarm_dir / "nodes" / name))
+        make_private(self.swarm_dir / "logs")
+        home = Home(self.swarm_dir)
+        if not home.exists:
+            home = Home.create(self.swarm_dir, "local")
+        own_node(home, "gateway", "gateway")
+        servers = [f"server-{number}" for number in range(plan.servers * plan.replicas)]
+        identities = {name: own_node(home, name, "server") for name in servers}
         gateway = await self._child("gateway", ["gateway-process", *self._gateway_args()])
         seed = (await gateway.line())["swarm"]
         self._progress(f"gateway up at {seed}; starting {len(identities)} servers")
@@ -189,8 +188,10 @@ class LocalSwarm:
         await asyncio.gather(*(child.stop(grace_s=5.0) for child in servers))
         if not self._own_dir:
             return
-        for part in [self.swarm_dir / "ca", self.swarm_dir / "nodes"] if failed else [self.swarm_dir]:
-            shutil.rmtree(part, ignore_errors=True)
+        if failed:
+            _remove_keys(self.swarm_dir)
+        else:
+            shutil.rmtree(self.swarm_dir, ignore_errors=True)
 
 
 def _sweep_keys(folder: Path) -> None:
@@ -198,8 +199,16 @@ def _sweep_keys(folder: Path) -> None:
     for left in folder.glob("swarm-*-*"):
         pid = left.name.split("-")[1]
         if pid.isdigit() and not is_running(int(pid)):
-            for part in ("ca", "nodes"):
-                shutil.rmtree(left / part, ignore_errors=True)
+            _remove_keys(left)
+
+
+def _remove_keys(swarm_dir: Path) -> None:
+    """Everything but the logs."""
+    for part in ("ca", "nodes"):
+        shutil.rmtree(swarm_dir / part, ignore_errors=True)
+    for pattern in ("*.sqlite*", "swarm.json"):
+        for path in swarm_dir.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def _check_port(port: int) -> None:
@@ -240,8 +249,3 @@ def available_memory() -> int:
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _made(path: Path) -> Path:
-    path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return path

@@ -1,18 +1,21 @@
-"""Where a running swarm leaves its address for other commands of the same user: one small private file."""
+"""Where running swarms leave their addresses for other commands of the same user: a small private file for each."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from shoal.errors import UsageError
+from shoal.manifest.files import write_private
+from shoal.net.home import Home, home_path
 
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """How to reach the swarm that `shoal up` started."""
+    """How to reach the swarm that one `shoal up` started."""
 
     api: str
     key: str
@@ -29,24 +32,31 @@ def state_dir() -> Path:
 
 
 def remember(running: Running) -> None:
-    """Write the file, readable by this user only."""
-    path = state_dir() / "running.json"
-    new = path.with_suffix(f".{os.getpid()}")
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as stream:
-        json.dump(asdict(running), stream)
-    new.replace(path)
+    """Write the file of this process, readable by this user only. Files of processes that were killed go."""
+    for path in _files():
+        pid = path.name.split(".")[1]
+        if pid.isdigit() and not is_running(int(pid)):
+            path.unlink(missing_ok=True)
+    write_private(_file(running.pid), json.dumps(asdict(running)).encode())
 
 
 def forget(pid: int) -> None:
-    """Remove the file if it is about the swarm of this process."""
-    found = _read()
-    if found is not None and found.pid == pid:
-        (state_dir() / "running.json").unlink(missing_ok=True)
+    """Remove the file of this process."""
+    _file(pid).unlink(missing_ok=True)
 
 
-def find(api: str | None = None, key: str | None = None) -> tuple[str, str]:
-    """(api, key) of the swarm to talk to: what was given, else SHOAL_API and SHOAL_KEY, else the running `shoal up`.
+def running() -> list[Running]:
+    """Every `shoal up` of this user that lives, the newest first. Raises UsageError for a damaged file."""
+    found = [(path, path.stat().st_mtime_ns) for path in _files() if path.exists()]
+    newest_first = sorted(found, key=lambda each: each[1], reverse=True)
+    return [read for path, _ in newest_first if (read := _read(path)) is not None]
+
+
+def find(
+    api: str | None = None, key: str | None = None, *, on_several: Callable[[str], None] = lambda text: None
+) -> tuple[str, str]:
+    """(api, key) of the swarm to talk to: what was given, else SHOAL_API and SHOAL_KEY, else the newest running
+    `shoal up`; on_several hears which one that is, when there are others.
 
     Raises UsageError when there is none.
     """
@@ -54,25 +64,51 @@ def find(api: str | None = None, key: str | None = None) -> tuple[str, str]:
     key = key or os.environ.get("SHOAL_KEY")
     if api and key:
         return api, key
-    found = _read()
-    if found is None:
+    found = running()
+    if api:
+        # A key goes to the gateway that made it, and to no other.
+        found = [each for each in found if each.api.rstrip("/") == api.rstrip("/")] or found
+    if not found:
         raise UsageError(
             "No swarm of this user runs on this machine.",
             hint="Start one with `shoal up`, or name one with SHOAL_API and SHOAL_KEY.",
         )
-    return api or found.api, key or found.key
+    if len(found) > 1:
+        others = ", ".join(each.api for each in found[1:])
+        on_several(f"{len(found)} swarms run; this is the newest, {found[0].api} (SHOAL_API names another: {others})")
+    return api or found[0].api, key or found[0].key
 
 
-def _read() -> Running | None:
+def find_home(given: Path | None = None, *, on_several: Callable[[str], None] = lambda text: None) -> Home:
+    """The swarm directory that a command is about: the one that was named (see net.home.home_path), else the one of the
+    newest running `shoal up`. Raises UsageError when there is none."""
+    home = Home(home_path(given))
+    if home.exists or given is not None or os.environ.get("SHOAL_SWARM_DIR"):
+        home.read()
+        return home
+    found = running()
+    if not found:
+        home.read()  # says what is missing, and what to do
+    if len(found) > 1:
+        on_several(f"{len(found)} swarms run; this is the newest, {found[0].swarm_dir} (--swarm-dir names another)")
+    return Home(Path(found[0].swarm_dir))
+
+
+def _file(pid: int) -> Path:
+    return state_dir() / f"running.{pid}.json"
+
+
+def _files() -> list[Path]:
+    return list(state_dir().glob("running.*.json"))
+
+
+def _read(path: Path) -> Running | None:
     try:
-        found = Running(**json.loads((state_dir() / "running.json").read_text()))
+        found = Running(**json.loads(path.read_text()))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:
-        raise UsageError(
-            f"Cannot read {state_dir() / 'running.json'}: {error}",
-            hint="Remove that file and start the swarm again.",
-        ) from error
+        raise UsageError(f"Cannot read {path}: {error}", hint="Remove that file and start the swarm again.") from error
     return found if is_running(found.pid) else None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import re
+import socket
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -31,6 +32,7 @@ __all__ = [
     "Peer",
     "Role",
     "Transport",
+    "answers",
 ]
 
 Body = Buffer
@@ -68,6 +70,15 @@ class Address:
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"tcp://{host}:{self.port}"
+
+
+def answers(address: Address, timeout_s: float = 1.0) -> bool:
+    """Whether anybody listens there: for what is said to a person, not for decisions. Blocks up to timeout_s."""
+    try:
+        with socket.create_connection((address.host, address.port), timeout=timeout_s):
+            return True
+    except OSError:
+        return False
 
 
 class Listener(Protocol):
