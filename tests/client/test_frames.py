@@ -45,9 +45,7 @@ def test_a_server_that_sends_rows_of_another_shape_broke_the_protocol(tensor: ms
     async def scenario() -> None:
         node = identity("gateway")
         transport = MemoryTransport(MemoryNetwork(), certified(node))
-        sessions = Sessions(
-            "toy", 2, node=node.peer.node, transport=transport, directory=Directory(node.peer.node), wire="f32"
-        )
+        sessions = Sessions("toy", 2, node=node.peer.node, transport=transport, directory=Directory(node), wire="f32")
         handle = sessions.open(4, on_rows=lambda position, rows: None, on_failed=lambda error: None)
         sessions.feed(handle, Rows("f32", 8, 1, bytes(32)))
         item = msg.StepItem(handle.session.id, 0, 1, 1)

@@ -14,7 +14,7 @@ from support.messages import SESSION, journal, samples, step
 from support.networks import FAST, InMemory, Network, OverTls, claiming, collect, identity, run
 
 from shoal.errors import Full, PeerLost, ProtocolError, Refused, UsageError
-from shoal.net.transport import Conn, ConnSettings
+from shoal.net.transport import Conn, ConnSettings, Role
 from shoal.wire import codec
 from shoal.wire.frames import Limits
 from shoal.wire.messages import Close, Hello, Open, Opened, Ping, Pong, Result, Step
@@ -41,9 +41,9 @@ def play(request: pytest.FixtureRequest) -> Play:
 
 @asynccontextmanager
 async def joined(
-    network: Network, *, settings: ConnSettings = FAST, serving: ConnSettings | None = None
+    network: Network, *, settings: ConnSettings = FAST, serving: ConnSettings | None = None, role: Role = "gateway"
 ) -> AsyncIterator[tuple[Conn, Conn]]:
-    """A gateway's connection to a server, and the server's end of it."""
+    """A gateway's (or another role's) connection to a server, and the server's end of it."""
     accepted: asyncio.Future[Conn] = asyncio.get_running_loop().create_future()
 
     async def hold(conn: Conn) -> None:
@@ -51,7 +51,7 @@ async def joined(
         await asyncio.Event().wait()
 
     listener = await network.transport(identity("server"), serving or settings).listen(ANY_PORT, hold)
-    gateway = await network.transport(identity("gateway"), settings).dial([await network.reach(listener)])
+    gateway = await network.transport(identity(role), settings).dial([await network.reach(listener)])
     try:
         yield gateway, await accepted
     finally:
@@ -97,12 +97,12 @@ def test_both_sides_know_who_the_other_is(play: Play) -> None:
 
 def test_every_message_arrives_as_it_was_sent(play: Play) -> None:
     async def scenario(network: Network) -> None:
-        async with joined(network) as (gateway, server):
+        async with joined(network) as (gateway, server), joined(network, role="admin") as (admin, administered):
             for message, body in samples():
                 if isinstance(message, Hello | Ping | Pong):
                     continue
-                from_server = type(message) in codec.MAY_SEND["server"]
-                sender, receiver = (server, gateway) if from_server else (gateway, server)
+                ways = {"server": (server, gateway), "gateway": (gateway, server), "admin": (admin, administered)}
+                sender, receiver = next(way for role, way in ways.items() if type(message) in codec.MAY_SEND[role])
                 await sender.send(message, body)
                 received, received_body = await receiver.receive()
                 assert received == message

@@ -140,10 +140,13 @@ def test_plaintext_and_old_tls_get_no_answer() -> None:
 def test_another_protocol_version_is_answered_with_both_versions() -> None:
     async def scenario() -> None:
         listener = await TlsTransport(identity("server"), FAST).listen(ANY_PORT, forbidden)
-        newer = bytearray(framed(Hello(2, "demo", "n", "gateway")))
-        newer[2] = 2
+        newer = bytearray(framed(Hello(PROTOCOL_VERSION + 1, "demo", "n", "gateway")))
+        newer[2] = PROTOCOL_VERSION + 1
         answer = await speak(identity("gateway").client_context(), listener.address, bytes(newer))
-        assert faults(answer) == ["The peer speaks protocol version 2, this side speaks version 1."]
+        (text,) = faults(answer)
+        assert text == (
+            f"The peer speaks protocol version {PROTOCOL_VERSION + 1}, this side speaks version {PROTOCOL_VERSION}."
+        )
         await listener.close()
 
     run(scenario)
@@ -154,7 +157,10 @@ def test_another_protocol_version_is_answered_with_both_versions() -> None:
     [
         (framed(Ping(1)), "The first message, and only the first, must be Hello."),
         (b"GET / HTTP/1.1\r\n\r\n", "The peer does not speak the shoal protocol (wrong first bytes)."),
-        (struct.pack("<HBBB3sIIIQI", 0x4853, 1, 13, 0, bytes(3), 2, 0, 1, 2**63, 0), "A frame announces a body of"),
+        (
+            struct.pack("<HBBB3sIIIQI", 0x4853, PROTOCOL_VERSION, 13, 0, bytes(3), 2, 0, 1, 2**63, 0),
+            "A frame announces a body of",
+        ),
     ],
     ids=["no hello", "http", "huge body"],
 )
@@ -182,7 +188,7 @@ def test_a_second_hello_ends_the_connection() -> None:
         gateway = identity("gateway")
         writer = FrameWriter()
         for _ in range(2):
-            writer.push(*codec.encode(Hello(1, gateway.peer.swarm, gateway.peer.node, "gateway")))
+            writer.push(*codec.encode(Hello(PROTOCOL_VERSION, gateway.peer.swarm, gateway.peer.node, "gateway")))
         data = b"".join(b"".join(buffers) for buffers in iter(writer.next_frame, None))
         answer = await speak(gateway.client_context(), listener.address, data)
         assert faults(answer) == ["The first message, and only the first, must be Hello."]
@@ -206,7 +212,7 @@ def test_a_member_that_never_reads_its_answers_is_cut() -> None:
         listener = await TlsTransport(identity("server"), patient).listen(ANY_PORT, note)
         gateway = identity("gateway")
         frames = FrameWriter()
-        frames.push(*codec.encode(Hello(1, gateway.peer.swarm, gateway.peer.node, "gateway")))
+        frames.push(*codec.encode(Hello(PROTOCOL_VERSION, gateway.peer.swarm, gateway.peer.node, "gateway")))
         for nonce in range(40_000):
             frames.push(*codec.encode(Ping(nonce)))
         sock = socket.socket()

@@ -141,7 +141,7 @@ def restarted_nodes_unheard(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (lost_rows, "failover", range(4)),
         (trust_in_the_journal, "failover", range(8)),
-        (linked_too_early, "failover", range(240, 250)),
+        (linked_too_early, "failover", range(205, 216)),
         (forgotten_sessions, "liveness", range(8)),
         (restarted_nodes_unheard, "liveness", range(8)),
     ],

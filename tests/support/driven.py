@@ -87,7 +87,7 @@ class Driven:
     async def __aenter__(self) -> Driven:
         identity = issue_node(self._authority, "gateway")
         self.wire = Wire(identity)
-        self._seed = Seed(identity.peer.node)
+        self._seed = Seed(identity)
         self._listener = await self.wire.listen("tcp://127.0.0.1:0", self._seed.on_conn)
         self._worker = Worker("head", lambda: torch.set_num_threads(1))
         self.driver = Driver(
@@ -127,7 +127,7 @@ class Driven:
             blocks=BlockRange.parse(blocks),
             memory_bytes=1 << 30,
         )
-        server = BlockServer(config, node, wire)
+        server = BlockServer(config, identity, wire)
         self._servers[node] = (server, asyncio.create_task(server.run(), name=f"server {blocks}"))
         await self._online(node)
         return node

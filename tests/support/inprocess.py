@@ -54,7 +54,7 @@ class InProcess:
     async def __aenter__(self) -> InProcess:
         gateway = identity("gateway", labels=self._labels)
         transport = MemoryTransport(self._network, certified(gateway))
-        self._seed = Seed(gateway.peer.node)
+        self._seed = Seed(gateway)
         self._listener = await transport.listen(ANY_PORT, self._seed.on_conn)
         self._worker = Worker("head", lambda: torch.set_num_threads(1))
         self.driver = Driver(
@@ -97,7 +97,7 @@ class InProcess:
                 cache_tokens=cache_tokens,
                 labels=server.peer.labels,
             )
-            running = BlockServer(config, node, MemoryTransport(self._network, certified(server)))
+            running = BlockServer(config, server, MemoryTransport(self._network, certified(server)))
             self.servers[node] = Running(running, asyncio.create_task(running.run(), name=f"server {span}"))
             nodes.append(node)
         await self._seed.wait_for(

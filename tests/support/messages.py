@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 
 from shoal.wire import tensors
 from shoal.wire.messages import (
     PROTOCOL_VERSION,
     Assign,
+    AuditHead,
     Close,
     Denied,
+    Drain,
+    Draining,
     Fault,
     Gone,
     Hello,
@@ -23,7 +27,11 @@ from shoal.wire.messages import (
     Record,
     Relink,
     Relinked,
+    Renew,
+    Renewed,
     Result,
+    Revocations,
+    Signed,
     Span,
     Step,
     StepItem,
@@ -56,7 +64,14 @@ RECORD = Record(
     labels=["trusted"],
     serves="demo",
     reason="No live server hosts blocks 0:4.",
+    rtts=[("fedcba9876543210fedcba9876543210", 0.5)],
+    busy=0.25,
+    threads=4,
+    audit=AuditHead(12, bytes(32)),
 )
+CHAIN = [b"\x30\x03leaf", b"\x30\x05issuer"]
+SIGNED = Signed(msgspec.msgpack.encode(RECORD), b"\x30\x04sign", CHAIN, 1200)
+REVOKED = Signed(msgspec.msgpack.encode(Revocations(3, [NODE])), b"\x30\x04sign", CHAIN)
 
 
 def activations(rows: int, width: int = 70) -> np.ndarray:
@@ -100,6 +115,10 @@ def samples() -> list[tuple[Message, bytes]]:
         (Relinked(SESSION, 4, 99), b""),
         (Close([SESSION]), b""),
         (Gone([SESSION], "expired", "Not used for 600 s."), b""),
-        (Sync({NODE: (1_700_000_000, 7)}, [RECORD], 2), b""),
+        (Sync({bytes(range(8)): (1_700_000_000, 7)}, [SIGNED], 2, REVOKED, 3, True), b""),
         (Assign(Span("demo", 4, 8), "No live server hosts blocks 4:8."), b""),
+        (Drain("The machine is needed elsewhere."), b""),
+        (Draining(), b""),
+        (Renew(), b""),
+        (Renewed(CHAIN), b""),
     ]

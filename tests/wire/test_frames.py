@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from shoal.errors import ProtocolError, Refused
 from shoal.wire.frames import FRAGMENT_BYTES, HEADER_BYTES, Frame, FrameReader, FrameWriter, Lane, Limits
+from shoal.wire.messages import PROTOCOL_VERSION
 
 KIND = 13
 
@@ -29,7 +30,7 @@ def drain(writer: FrameWriter) -> bytes:
 def header(
     *,
     magic: int = 0x4853,
-    version: int = 1,
+    version: int = PROTOCOL_VERSION,
     kind: int = KIND,
     flags: int = 0,
     reserved: bytes = b"\0\0\0",
@@ -174,8 +175,10 @@ def test_a_frame_that_breaks_the_rules_is_refused_with_the_reason(data: bytes, s
 
 
 def test_another_protocol_version_is_refused_by_name_after_three_bytes() -> None:
-    with pytest.raises(Refused, match="version 2, this side speaks version 1") as caught:
-        FrameReader(echo).feed(header(version=2)[:3])
+    with pytest.raises(
+        Refused, match=f"version {PROTOCOL_VERSION + 1}, this side speaks version {PROTOCOL_VERSION}"
+    ) as caught:
+        FrameReader(echo).feed(header(version=PROTOCOL_VERSION + 1)[:3])
     assert "same shoal release" in caught.value.hint
 
 

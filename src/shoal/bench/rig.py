@@ -42,7 +42,7 @@ class Rig:
     async def __aenter__(self) -> Rig:
         identity = issue_node(self._authority, "gateway")
         transport = TlsTransport(identity)
-        self.seed = Seed(identity.peer.node)
+        self.seed = Seed(identity)
         self._listener: TlsListener = await transport.listen("tcp://127.0.0.1:0", self.seed.on_conn)
         self._worker = Worker("head", partial(torch.set_num_threads, 1))
         self.driver = Driver(

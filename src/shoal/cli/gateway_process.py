@@ -64,7 +64,7 @@ async def _main(options: Options) -> None:
     process.on_stop(stop.set)
     identity = NodeIdentity.load(options.swarm_dir / "nodes" / "gateway")
     transport = TlsTransport(identity)
-    seed = Seed(identity.peer.node)
+    seed = Seed(identity)
     # Listen before torch is imported, so that the servers start beside us and not after us.
     listener = await transport.listen("tcp://127.0.0.1:0", seed.on_conn)
     output.answer_json({"swarm": listener.address})

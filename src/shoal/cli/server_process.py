@@ -61,7 +61,7 @@ def server_process(
     )
 
     async def main() -> None:
-        server = BlockServer(config, identity.peer.node, TlsTransport(identity))
+        server = BlockServer(config, identity, TlsTransport(identity))
         process.on_stop(server.stop)
         await server.run(on_online=announce)
 

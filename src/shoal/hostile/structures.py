@@ -13,6 +13,9 @@ from typing import Any
 import msgspec
 from msgspec import inspect
 
+from shoal.swarm.view import digest_key
+from shoal.wire.messages import Record, Revocations
+
 SESSIONS = tuple(bytes([number]) * 16 for number in range(3))
 NODES = tuple(f"{number:032x}" for number in range(3))
 MODELS = ("demo@0", "plain")
@@ -36,6 +39,13 @@ NAMED: Stock = {
     "incarnation": lambda rng: rng.randint(0, 3),
     "version": lambda rng: rng.randint(0, 9),
     "answers": lambda rng: rng.randint(0, 2),
+    "digest": lambda rng: {
+        digest_key(node): (rng.randint(0, 3), rng.randint(0, 9)) for node in rng.sample(NODES, rng.randint(0, 3))
+    },
+    "payload": lambda rng: msgspec.msgpack.encode(
+        Maker(rng, wild=0.001).make(Record if rng.random() < 0.9 else Revocations)
+    ),
+    "chain": lambda rng: [b"certificate"] * rng.randint(1, 2),
     "addresses": lambda rng: [f"tcp://127.0.0.1:{rng.randint(1, 65_535)}"],
 }
 """Fields whose values must meet those of other messages, by name."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from shoal.errors import PeerLost, ShoalError
 from shoal.net.outbox import Outbox
-from shoal.net.transport import Body, Conn, Transport
+from shoal.net.transport import Body, Conn, Peer, Transport
 from shoal.wire.messages import Message
 
 OnMessage = Callable[[str, Message, memoryview], None]
@@ -56,6 +56,11 @@ class Link:
             self._outbox.put(message, body)
         else:
             self._early.append((message, body))
+
+    @property
+    def peer(self) -> Peer | None:
+        """Who is at the other end; None before the link is up."""
+        return None if self._conn is None else self._conn.peer
 
     @property
     def rtt_s(self) -> float | None:

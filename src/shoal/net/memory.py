@@ -65,13 +65,27 @@ class MemoryTransport:
         self, network: MemoryNetwork, peer: Peer, settings: ConnSettings | None = None, *, says: Peer | None = None
     ) -> None:
         self._network = network
-        self._peer = peer
+        self.peer = peer
         self._says = says or peer
         self._settings = settings or ConnSettings()
+        self._refused: frozenset[str] = frozenset()
+
+    def refuse(self, nodes: frozenset[str]) -> None:
+        """See Transport.refuse."""
+        self._refused = nodes
+        for link in self._network.links_of(self.peer.node):
+            if not nodes.isdisjoint(set(link.nodes) - {self.peer.node}):
+                link.cut()
+
+    def prove(self, peer: Peer) -> Peer:
+        """What the TLS transport does with the other side's certificate."""
+        if peer.node in self._refused:
+            raise Refused(f"{peer} was removed from the swarm.")
+        return peer
 
     async def listen(self, address: str, on_conn: OnConn) -> MemoryListener:
         """See Transport.listen."""
-        return MemoryListener(self._network, address, self._peer, self._says, self._settings, on_conn)
+        return MemoryListener(self._network, address, self, self._says, self._settings, on_conn)
 
     async def dial(self, addresses: Sequence[str], *, expect_node: str | None = None, timeout_s: float = 5.0) -> Conn:
         """See Transport.dial."""
@@ -80,7 +94,7 @@ class MemoryTransport:
             if listener is None:
                 continue
             conn = Conn(self._says, self._settings, dialed=True, expect_node=expect_node)
-            listener.connect(conn, self._peer)
+            listener.connect(conn, self)
             try:
                 async with asyncio.timeout(timeout_s):
                     await conn.greeted()
@@ -102,13 +116,13 @@ class MemoryListener:
         self,
         network: MemoryNetwork,
         address: str,
-        peer: Peer,
+        transport: MemoryTransport,
         says: Peer,
         settings: ConnSettings,
         on_conn: OnConn,
     ) -> None:
         self._network = network
-        self._peer = peer
+        self._transport = transport
         self._says = says
         self._settings = settings
         self._acceptor = Acceptor(on_conn)
@@ -118,10 +132,10 @@ class MemoryListener:
     def address(self) -> str:
         return self._address
 
-    def connect(self, dialer: Conn, dialing: Peer) -> None:
+    def connect(self, dialer: Conn, dialing: MemoryTransport) -> None:
         """Join `dialer` to a new connection on this side."""
         accepted = Conn(self._says, self._settings, dialed=False)
-        self._network.add_link(MemoryLink((dialer, dialing), (accepted, self._peer)))
+        self._network.add_link(MemoryLink((dialer, dialing), (accepted, self._transport)))
         self._acceptor.admit(_ready(accepted))
 
     async def close(self) -> None:
@@ -136,12 +150,12 @@ async def _ready(conn: Conn) -> Conn:
 class MemoryLink:
     """Two ends of a byte stream, and the hand that can cut or freeze it."""
 
-    def __init__(self, dialer: tuple[Conn, Peer], accepted: tuple[Conn, Peer]) -> None:
-        self.nodes = (dialer[1].node, accepted[1].node)
+    def __init__(self, dialer: tuple[Conn, MemoryTransport], accepted: tuple[Conn, MemoryTransport]) -> None:
+        self.nodes = (dialer[1].peer.node, accepted[1].peer.node)
         self._ends = (_MemoryEnd(self), _MemoryEnd(self))
         self._frozen = False
-        self._ends[0].join(self._ends[1], ConnProtocol(dialer[0], lambda _: accepted[1]))
-        self._ends[1].join(self._ends[0], ConnProtocol(accepted[0], lambda _: dialer[1]))
+        self._ends[0].join(self._ends[1], ConnProtocol(dialer[0], lambda _: dialer[1].prove(accepted[1].peer)))
+        self._ends[1].join(self._ends[0], ConnProtocol(accepted[0], lambda _: accepted[1].prove(dialer[1].peer)))
 
     @property
     def frozen(self) -> bool:

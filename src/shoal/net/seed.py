@@ -1,4 +1,4 @@
-"""The registry seed: the node that all others sync with, and that can speak to each of them."""
+"""The registry seed: the node that others ask first, and that can speak to each of those that are connected to it."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from contextlib import suppress
 
 from shoal.errors import ShoalError
 from shoal.net.directory import Directory
+from shoal.net.identity import NodeIdentity
 from shoal.net.transport import Conn
 from shoal.wire.messages import Message, Record, Sync
 
 
 class Seed:
-    """Takes the gossip of every node that connects. Losing it loses no session: drivers and servers go on with what
-    they know, and it is filled again within a second of its return."""
+    """Takes the gossip of every node that connects. Losing it loses no session and no registry: all others go on
+    telling each other what they know, and it is filled again within a second of its return."""
 
-    def __init__(self, node: str) -> None:
-        self.directory = Directory(node, on_change=self._changed)
+    def __init__(self, identity: NodeIdentity) -> None:
+        self.directory = Directory(identity, on_change=self._changed, on_revoked=self._revoked)
         self.on_change: Callable[[], None] = lambda: None
         self._news = asyncio.Event()
         self._conns: dict[str, Conn] = {}
@@ -26,6 +27,11 @@ class Seed:
         self._news.set()
         self.on_change()
 
+    def _revoked(self, nodes: frozenset[str]) -> None:
+        told = self.directory.view.told()
+        for node in list(self._conns):
+            self.send(node, told)
+
     async def on_conn(self, conn: Conn) -> None:
         """Handle one accepted connection until it ends."""
         node = conn.peer.node
@@ -33,8 +39,9 @@ class Seed:
         try:
             while True:
                 message, _ = await conn.receive()
-                if isinstance(message, Sync) and (answer := self.directory.on_sync(message)) is not None:
-                    await conn.send(answer)
+                if isinstance(message, Sync):
+                    for answer in self.directory.on_sync(message, node):
+                        await conn.send(answer)
         finally:
             if self._conns.get(node) is conn:
                 del self._conns[node]

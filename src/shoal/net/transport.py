@@ -102,6 +102,10 @@ class Transport(Protocol):
         """A greeted connection to the first address that answers. Raises PeerLost when none does, Refused when the
         other side does not let us in or is not `expect_node`."""
 
+    def refuse(self, nodes: frozenset[str]) -> None:
+        """Speak to none of these nodes any more: connections with them are cut now, new ones refused, in both
+        directions. `nodes` replaces the nodes that were refused so far."""
+
 
 class Acceptor:
     """Greets accepted connections and runs their handlers: the part of a listener that all transports share."""

@@ -27,6 +27,7 @@ from shoal.compute.activations import to_numpy, to_torch
 from shoal.compute.facts import ModelFacts, describe
 from shoal.errors import NotFinite, ProtocolError, ShoalError
 from shoal.net.directory import LEASE_S, Directory
+from shoal.net.identity import NodeIdentity
 from shoal.net.link import Link
 from shoal.net.outbox import Outbox
 from shoal.net.transport import Conn, Transport
@@ -82,11 +83,11 @@ class ServerConfig:
 class BlockServer:
     """A running server. `run` returns after `stop` (drained) or raises what went wrong."""
 
-    def __init__(self, config: ServerConfig, node: str, transport: Transport) -> None:
+    def __init__(self, config: ServerConfig, identity: NodeIdentity, transport: Transport) -> None:
         self._config = config
-        self._node = node
+        self._node = identity.peer.node
         self._transport = transport
-        self._directory = Directory(node)
+        self._directory = Directory(identity)
         self._device = torch.device(config.device)
         self._facts: ModelFacts | None = None
         self._worker = Worker("compute", partial(torch.set_num_threads, config.threads))
@@ -255,8 +256,7 @@ class BlockServer:
             while True:
                 message, body = await conn.receive()
                 if isinstance(message, msg.Sync):
-                    answer = self._directory.on_sync(message)
-                    if answer is not None:
+                    for answer in self._directory.on_sync(message, node):
                         outbox.put(answer)
                     continue
                 if self._serving is None:

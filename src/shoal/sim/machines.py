@@ -16,17 +16,18 @@ from typing import Literal
 
 from shoal.errors import ShoalError
 from shoal.sim import toy
+from shoal.sim.keys import ToyKeys
 from shoal.sim.links import Body, End, Network
 from shoal.sim.world import Call, World, Wrong
 from shoal.spec.ids import BlockRange
-from shoal.swarm import routing, serving, session
+from shoal.swarm import gossip, routing, serving, session
 from shoal.swarm.view import View
 from shoal.wire import messages as msg
 
 State = Literal["online", "draining"]
 MODEL = "toy"
-ROUND_S = 1.0
-LEASE_S = 5.0
+IDLE_LINK_S = 5.0
+"""A connection that gossip needs no more stays for this long after it was made, as in net.directory."""
 SUSPECT_S = 3.0
 """How long a driver keeps new chains away from a node whose connection broke."""
 
@@ -107,6 +108,9 @@ class _Out:
 
     end: End | None = None
     queue: list[tuple[msg.Message, Body]] = field(default_factory=list)
+    made_at_s: float = 0.0
+    gossip_only: bool = True
+    """Nothing but gossip went over it: it may be given up when gossip needs it no more."""
 
 
 class Node(Machine):
@@ -117,18 +121,25 @@ class Node(Machine):
     def __init__(self, world: World, network: Network, name: str, seeds: Sequence[str]) -> None:
         super().__init__(world, network, name)
         self.seeds = [seed for seed in seeds if seed != name]
-        self.view = View(name)
-        self.lease_s = LEASE_S
+        self.mesh = gossip.Mesh(name, [_address(seed) for seed in self.seeds])
+        self.keys = ToyKeys(name, self.role)
+        self.view = View(name, self.keys)
         self._starts = 0
 
     def on_start(self) -> None:
-        self.view = View(self.name)
+        self.view = View(self.name, self.keys)
+        self.mesh = gossip.Mesh(self.name, [_address(seed) for seed in self.seeds])
         self._outs: dict[str, _Out] = {}
         self._starts += 1
         # Mostly a larger incarnation than last time; sometimes the machine's calendar went back.
         incarnation = max(0, self._starts + (-2 if self.world.rng.random() < 0.2 else 0))
         self.view.put(self.record(incarnation), self.now())
-        self.after(self.world.rng.random() * ROUND_S, self._round, background=True)
+        self._published_at_s = self.now()
+        self.after(self.world.rng.random() * self.pace().round_s, self._round, background=True)
+
+    def pace(self) -> gossip.Pace:
+        """How often this node speaks, from the number of nodes it sees."""
+        return gossip.pace(len(self.view.live(self.now())))
 
     def record(self, incarnation: int) -> msg.Record:
         """What this node says about itself now; the view raises its number where needed."""
@@ -136,10 +147,10 @@ class Node(Machine):
             node=self.name,
             incarnation=incarnation,
             version=0,
-            lease_s=self.lease_s,
+            lease_s=self.pace().lease_s,
             role=self.role,
             state=self.state(),
-            addresses=[f"sim://{self.name}"],
+            addresses=[_address(self.name)],
             span=self.span(),
             pid=1,
             dtype="float32",
@@ -173,17 +184,26 @@ class Node(Machine):
         """Send over our connection to `node`, which is dialled when there is none. `on_out_lost` hears of failures."""
         out = self._outs.get(node)
         if out is None:
-            out = self._outs[node] = _Out()
+            out = self._outs[node] = _Out(made_at_s=self.now())
             self.network.dial(self, node, partial(self._dialled, node, out))
+        out.gossip_only = out.gossip_only and isinstance(message, msg.Sync)
         if out.end is None:
             out.queue.append((message, body))
         else:
             out.end.send(message, body)
 
+    def end_to(self, node: str) -> End | None:
+        """Our end of the connection that we made to `node`."""
+        out = self._outs.get(node)
+        return None if out is None else out.end
+
     def _dialled(self, node: str, out: _Out, end: End | None) -> None:
         if end is None:
-            del self._outs[node]
-            self.on_out_lost(node, "unreachable")
+            if self._outs.get(node) is out:
+                self._out_lost(node, out, "unreachable")
+            return
+        if self._outs.get(node) is not out:
+            end.close()  # given up while it was being made
             return
         out.end = end
         end.on_frame = self._frame
@@ -195,6 +215,7 @@ class Node(Machine):
     def _out_lost(self, node: str, out: _Out, cause: str) -> None:
         if self._outs.get(node) is out:
             del self._outs[node]
+        self.mesh.failed(node)
         self.on_out_lost(node, cause)
 
     def accept(self, end: End) -> None:
@@ -202,28 +223,36 @@ class Node(Machine):
 
     def _frame(self, end: End, message: msg.Message, body: Body) -> None:
         if isinstance(message, msg.Sync):
-            before = self._shape()
-            answer = self.view.on_sync(message, self.now())
-            if answer is not None:
+            before = self.view.changes
+            for answer in self.view.on_sync(message, end.peer.name, self.now()):
                 end.send(answer)
-            if self._shape() != before:
+            if self.view.changes != before:
                 self.on_view_changed()
         else:
             self.on_frame(end, message, body)
 
-    def _shape(self) -> list[tuple[str, str, int]]:
-        return [(record.node, record.state, record.incarnation) for record in self.view.live(self.now())]
-
     def _round(self) -> None:
-        """Renew the lease and sync with two of the nodes we were told about."""
-        self.publish()
-        for seed in self.world.rng.sample(self.seeds, min(2, len(self.seeds))):
-            self.send(seed, self.view.sync())
+        """Renew the lease when it is time, and sync with those whom the mesh names."""
+        now, pace = self.now(), self.pace()
+        if now - self._published_at_s > pace.renew_s - 0.5 * pace.round_s:
+            self.publish()
+        partners = {_name(target) for target in self.mesh.round(self.view, now, self.world.rng)}
+        kept = {target.node for target in self.mesh.kept}
+        for node, out in list(self._outs.items()):
+            if out.gossip_only and node not in partners | kept and now > out.made_at_s + IDLE_LINK_S:
+                del self._outs[node]
+                if out.end is not None:
+                    out.end.close()
+        opening = self.view.sync(now)
+        for node in sorted(partners):
+            self.send(node, opening)
         self.on_round()
-        self.after(ROUND_S * self.world.rng.uniform(0.9, 1.1), self._round, background=True)
+        self.after(pace.round_s * self.world.rng.uniform(0.9, 1.1), self._round, background=True)
 
     def publish(self) -> None:
+        """A new lease, and what has changed."""
         own = self.view.get(self.name)
+        self._published_at_s = self.now()
         self.view.put(self.record(own.incarnation if own is not None else 0), self.now())
 
     def on_frame(self, end: End, message: msg.Message, body: Body) -> None:
@@ -327,7 +356,7 @@ class Server(Node):
         self._carry_out(self.serving.drain())
         self.publish()
         for seed in self.seeds:
-            self.send(seed, self.view.sync())
+            self.send(seed, self.view.sync(self.now(), tell=True))
 
     # -- decisions carried out --------------------------------------------------------------------------------------
 
@@ -582,6 +611,15 @@ class Driver(Node):
 
         # A microsecond at least: a delay lost in rounding would ring before its time, for ever.
         self.after(max(1e-6, wake_at - self.now()), ring)
+
+
+def _address(node: str) -> str:
+    return f"sim://{node}"
+
+
+def _name(target: gossip.Target) -> str:
+    """The machine behind a target: seeds are known by their address only."""
+    return target.node or target.addresses[0].removeprefix("sim://")
 
 
 def _split(items: Sequence[msg.StepItem], body: Body) -> list[tuple[msg.StepItem, Body]]:

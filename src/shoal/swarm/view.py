@@ -1,76 +1,145 @@
 """What one node believes about all the others: a copy of every record, merged by gossip, aged on its own clock.
 
-Theory of operation. Each node writes exactly one record, its own, and numbers it with (incarnation, version): the
-incarnation grows with every start of the process, the version with every change and every renewal of the lease. Of two
-records about one node the one with the higher number wins, so merging is commutative, associative and idempotent, and
-copies converge whatever the network loses, repeats or reorders. No agreement is needed, because nobody else may write.
+Theory of operation. Each node writes exactly one record, its own, signs it, and numbers it with (incarnation, version):
+the incarnation grows with every start of the process and every new certificate, the version with every change and every
+renewal of the lease. Of two records about one node the one with the higher number wins, so merging is commutative,
+associative and idempotent, and copies converge whatever the network loses, repeats or reorders. No agreement is needed,
+because nobody else may write, and nobody else can: a record that its own node has not signed is dropped, counted, and
+never passed on.
 
-    unknown --merge--> live --lease_s without growth--> expired --forget_s--> unknown
+    unknown --merge--> live --lease without growth--> expired --forget_s--> unknown
                         ^  |                               |
                         |  +--state "gone" heard--> gone --+   (gone is a record like any other, it is just never live)
                         +---------a higher number----------+
+    any of them --its node is revoked--> refused for good
 
-An expired record is kept for `forget_s`, and never sent on, so that a late copy of it is recognised as old news and
-does not bring a dead node back. Clocks are never compared between machines: a lease runs from the moment *this* node
-saw the number grow.
+An expired record is kept for `forget_s`, and passed on to nobody but its own writer, so that a late copy of it is
+recognised as old news and does not bring a dead node back. Clocks are never compared between machines: a record carries
+its age, and the lease runs from that moment on the clock of whoever received it. So it ends everywhere at about the
+same time, however many hands a record went through.
 
 Suspicion is separate and private: after a broken connection a node avoids its peer at once, and asks nobody.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import msgspec
 
-from shoal.wire.messages import MAX_META_BYTES, Record, Sync
+from shoal.wire.messages import MAX_META_BYTES, Record, Revocations, Signed, Sync
 
 Number = tuple[int, int]
 """(incarnation, version)"""
+Refusal = Literal["malformed", "oversized", "unproven", "forged", "overclaimed", "revoked", "flood"]
+"""Why a record or a revocation list was not taken in. unproven: it came without certificates, and none are known;
+forged: certificates or signature do not hold; overclaimed: another node, role or label than its certificate says;
+flood: the rest of a message that held too many of the others."""
 
 FORGET_S = 600.0
 """How long a dead node's number is remembered. Far longer than a lease (seconds), so that a copy which sat behind a
 partition is still recognised as old."""
-MAX_NODES = 1000
-"""Records of more nodes than this are not taken in: a member that invents names cannot fill our memory, and the digest
-always fits into one frame."""
+MAX_NODES = 2000
+"""Records of more nodes than this are not taken in, so the digest always fits into one frame."""
+MAX_LEASE_S = 30.0
+"""A lease counts for no longer, whatever its writer says."""
 MAX_RECORD_BYTES = 4096
+MAX_CHAIN_BYTES = 8192
 MAX_NODE_CHARS = 32
 """A node id is a key fingerprint (spec.ids.NodeId)."""
-SYNC_BYTES = MAX_META_BYTES - MAX_RECORD_BYTES
-"""Room for the digest and the records of one Sync. At least one record always goes along; whatever does not fit goes
-with the next Sync, because the digests show that it is still missing."""
+MAX_REFUSED = 8
+"""After so many bad records the rest of a message is not looked at: every check of a signature costs a tenth of a
+millisecond, and honest nodes pass nothing on that they have not checked."""
+MAX_SHORTENING = 0.5
+"""The age of a record comes from whoever passed it on and is not signed. It shortens a lease by this share at most, so
+that a liar cannot make a living node flicker."""
 
-_NUMBER_BYTES = 24
-_RECORD_BYTES = 160
-"""Generous size of a number in a digest, and of a record without its texts, in msgpack."""
+_DIGEST_ENTRY_BYTES = 10 + 1 + 9 + 9
+_SIGNED_BYTES = 24
+"""What msgpack adds to the parts of a Signed, at most."""
+_SYNC_BYTES = MAX_META_BYTES - 64
 _MAX_COUNT = 2**53
+_NEVER: Number = (-1, -1)
+
+_ENCODER = msgspec.msgpack.Encoder()
+_RECORDS = msgspec.msgpack.Decoder(Record)
+_REVOCATIONS = msgspec.msgpack.Decoder(Revocations)
+_DAMAGED = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
+
+
+class Writer(Protocol):
+    """What a certificate proves about the node that holds it (net.identity.Peer)."""
+
+    @property
+    def node(self) -> str: ...
+    @property
+    def role(self) -> str: ...
+    @property
+    def labels(self) -> Sequence[str]: ...
+
+
+class Keys(Protocol):
+    """A node's own key, and how it checks what others signed."""
+
+    @property
+    def chain(self) -> Sequence[bytes]:
+        """Certificates of the own key, DER, the node's first."""
+
+    def sign(self, payload: bytes) -> bytes:
+        """The own signature over `payload`."""
+
+    def writer(self, payload: bytes, signature: bytes, chain: Sequence[bytes]) -> Writer | None:
+        """Who signed `payload`, according to `chain`; None when the signature or the chain does not hold now."""
 
 
 @dataclass(slots=True)
 class _Entry:
     record: Record
+    signed: Signed
+    """Without chain and age."""
+    chain: tuple[bytes, ...]
+    key: bytes
     grew_at_s: float
-    """Own clock, when (incarnation, version) last grew."""
+    """Own clock, when (incarnation, version) last grew; earlier by the age with which it came."""
 
     @property
     def number(self) -> Number:
         return (self.record.incarnation, self.record.version)
 
     def dies_at_s(self) -> float:
-        return self.grew_at_s + self.record.lease_s
+        return self.grew_at_s + min(self.record.lease_s, MAX_LEASE_S)
+
+
+def digest_key(node: str) -> bytes:
+    """How a digest names a node: 8 bytes instead of 33."""
+    return hashlib.sha256(node.encode()).digest()[:8]
 
 
 class View:
     """The registry as seen by `self_node`. Pure: every method that depends on the time takes `now` (seconds, own
-    monotonic clock)."""
+    monotonic clock), and signatures are made and checked by `keys`."""
 
-    def __init__(self, self_node: str, *, forget_s: float = FORGET_S, max_nodes: int = MAX_NODES) -> None:
+    def __init__(self, self_node: str, keys: Keys, *, forget_s: float = FORGET_S, max_nodes: int = MAX_NODES) -> None:
         self.self_node = self_node
+        self.keys = keys
+        self.changes = 0
+        """Grows when a node comes, goes or starts anew, or changes its state, span or labels; renewals do not count."""
+        self.refused: Counter[Refusal] = Counter()
+        """What was not taken in, by cause. Duplicates and old news are no refusals: gossip is full of them."""
+        self.revoked: frozenset[str] = frozenset()
+        self.revoked_version = 0
+        self.revocations: Signed | None = None
+        """The list that `revoked` comes from, as its admin signed it."""
         self._forget_s = forget_s
         self._max_nodes = max_nodes
         self._entries: dict[str, _Entry] = {}
+        self._numbers: dict[bytes, Number] = {}
+        """The digest, kept up to date."""
+        self._revoked_keys: frozenset[bytes] = frozenset()
         self._suspects: dict[str, tuple[float, int]] = {}
         """node -> (avoid until, incarnation that failed us)."""
         self._next_sweep_s = 0.0
@@ -78,37 +147,58 @@ class View:
     # -- writing ----------------------------------------------------------------------------------------------------
 
     def put(self, record: Record, now: float) -> Record:
-        """Publish this node's own record and return it as published: its number is raised when it would not be higher
-        than the last one, or than one that others still hold from an earlier life of this node.
+        """Sign and publish this node's own record and return it as published: its number is raised when it would not be
+        higher than the last one, or than one that others still hold from an earlier life of this node.
 
         Raises ValueError for a record about another node: those only ever come in through `merge`."""
         if record.node != self.self_node:
             raise ValueError(f"{self.self_node} may not write the record of {record.node}")
-        if not _fits(record):
-            raise ValueError(f"the record of {record.node} is larger than {MAX_RECORD_BYTES} bytes or its id too long")
         entry = self._entries.get(self.self_node)
         if entry is not None and (record.incarnation, record.version) <= entry.number:
             record = msgspec.structs.replace(record, incarnation=entry.number[0], version=entry.number[1] + 1)
-        self._entries[self.self_node] = _Entry(record, now)
+        payload = _ENCODER.encode(record)
+        if len(payload) > MAX_RECORD_BYTES or len(record.node) > MAX_NODE_CHARS:
+            raise ValueError(f"the record of {record.node} is larger than {MAX_RECORD_BYTES} bytes or its id too long")
+        self._store(record, Signed(payload, self.keys.sign(payload)), tuple(self.keys.chain), now, now)
         return record
 
-    def merge(self, records: Iterable[Record], now: float) -> list[str]:
-        """Take in records heard from others; returns the nodes whose record changed. What others say about this node is
-        never believed; a number higher than our own makes us publish a higher one (see `put`)."""
+    def merge(self, records: Iterable[Signed], now: float) -> list[str]:
+        """Take in records heard from others; returns the nodes whose record changed. A record of this node's earlier
+        life, signed by its own key, makes us publish a higher number (see `put`)."""
         self._sweep(now)
         changed = []
-        for record in records:
-            number = (record.incarnation, record.version)
-            if record.node == self.self_node:
-                self._outnumber(number, now)
-                continue
-            entry = self._entries.get(record.node)
-            if entry is None and (len(self._entries) >= self._max_nodes or not _fits(record)):
-                continue
-            if entry is None or (number > entry.number and _fits(record)):
-                self._entries[record.node] = _Entry(record, now)
-                changed.append(record.node)
+        refused = 0
+        for signed in records:
+            if refused == MAX_REFUSED:
+                self.refused["flood"] += 1
+                break
+            outcome = self._take(signed, now)
+            if isinstance(outcome, Record):
+                changed.append(outcome.node)
+            elif outcome is not None:
+                self.refused[outcome] += 1
+                refused += 1
         return changed
+
+    def revoke(self, signed: Signed) -> bool:
+        """Take in a revocation list when an admin signed it and it is newer than the one we have; whether it was."""
+        try:
+            told = _REVOCATIONS.decode(signed.payload)
+        except _DAMAGED:
+            self.refused["malformed"] += 1
+            return False
+        if told.version <= self.revoked_version:
+            return False
+        writer = self.keys.writer(signed.payload, signed.signature, signed.chain)
+        if writer is None or writer.role != "admin" or writer.node in self.revoked:
+            self.refused["forged" if writer is None else "overclaimed"] += 1
+            return False
+        self.revoked, self.revoked_version, self.revocations = frozenset(told.nodes), told.version, signed
+        self._revoked_keys = frozenset(map(digest_key, self.revoked))
+        for node in self.revoked & self._entries.keys() - {self.self_node}:
+            self._forget(node)
+            self.changes += 1
+        return True
 
     def suspect(self, node: str, now: float, for_s: float) -> None:
         """Avoid `node` for `for_s` seconds, or until it has started anew. News about it that came through others do not
@@ -133,6 +223,14 @@ class View:
             if entry.record.state != "gone" and self._spreads(entry, now)
         ]
 
+    def lost(self, now: float) -> list[Record]:
+        """Records whose lease ran out without a farewell: their nodes may be dead, or behind a partition."""
+        return [
+            entry.record
+            for _, entry in sorted(self._entries.items())
+            if entry.record.state != "gone" and not self._spreads(entry, now)
+        ]
+
     def suspects(self, now: float) -> frozenset[str]:
         """Nodes to avoid now."""
         for node, (until_s, incarnation) in list(self._suspects.items()):
@@ -147,60 +245,137 @@ class View:
 
     # -- gossip -----------------------------------------------------------------------------------------------------
 
-    def digest(self) -> dict[str, Number]:
-        """The number of every record kept. The expired are included: a node that started anew with a lower number (its
-        calendar went back) finds its old one there, and outnumbers it."""
-        return {node: entry.number for node, entry in self._entries.items()}
+    def digest(self) -> dict[bytes, Number]:
+        """The number of every record kept, the expired included: nobody needs to send us those."""
+        return dict(self._numbers)
 
-    def newer_than(self, digest: Mapping[str, Number], now: float) -> list[Record]:
-        """Records that the writer of `digest` lacks, those that have waited longest first, as many as one Sync carries.
-        Expired records are not spread any further; "gone" ones are, until their lease has run out."""
+    def newer_than(
+        self, digest: Mapping[bytes, Number], now: float, *, peer: str = "", room: int = _SYNC_BYTES
+    ) -> tuple[list[Signed], bool]:
+        """Records that the writer of `digest` lacks, those that have waited longest first, as many as fit into `room`
+        bytes (one at least); and whether there are more.
+
+        Expired records are not spread any further; "gone" ones are, until their lease has run out. Only `peer`, the
+        writer of the digest, is shown its own record in any case: when its calendar went back, it learns from it which
+        number it must exceed."""
         lacking = [
             entry
-            for node, entry in self._entries.items()
-            if self._spreads(entry, now) and entry.number > digest.get(node, (-1, -1))
+            for entry in self._entries.values()
+            if (theirs := digest.get(entry.key, _NEVER)) != entry.number
+            and entry.number > theirs
+            and (entry.record.node == peer or self._spreads(entry, now))
         ]
         lacking.sort(key=lambda entry: (entry.grew_at_s, entry.record.node))
-        room = SYNC_BYTES - sum(len(node) + _NUMBER_BYTES for node in self._entries)
-        chosen: list[Record] = []
+        chosen: list[Signed] = []
         for entry in lacking:
-            room -= _rough_bytes(entry.record)
+            known = digest.get(entry.key, _NEVER)[0] == entry.record.incarnation
+            chain = () if known else entry.chain
+            room -= len(entry.signed.payload) + len(entry.signed.signature) + sum(map(len, chain)) + _SIGNED_BYTES
             if room < 0 and chosen:
-                break
-            chosen.append(entry.record)
-        return chosen
+                return chosen, True
+            chosen.append(_aged(entry, chain, now))
+        return chosen, False
 
-    def sync(self) -> Sync:
-        """The first message of a round: what we know, asking for what we lack."""
-        return Sync(digest=self.digest(), records=[], answers=2)
+    def sync(self, now: float, *, tell: bool = False) -> Sync:
+        """The first message of a round: what we know, asking for what we lack. With `tell` the own record goes along:
+        it has just changed, and need not wait to be asked for."""
+        own = self._entries.get(self.self_node) if tell else None
+        records = [] if own is None else [_aged(own, own.chain, now)]
+        return Sync(self.digest(), records, answers=2, revoked_version=self.revoked_version)
 
-    def on_sync(self, message: Sync, now: float) -> Sync | None:
-        """Take in a Sync and answer it when it asks for an answer. A round is at most three messages: `sync`, an answer
-        with what the first side lacks, and, when the answering side lacks something too, a last one with that."""
-        self.merge(message.records, now)
-        self._outnumber(message.digest.get(self.self_node, (-1, -1)), now)
-        if message.answers == 0:
-            return None
-        lack = any(number > self._number(node) for node, number in message.digest.items())
-        records = self.newer_than(message.digest, now)
-        return Sync(digest=self.digest(), records=records, answers=message.answers - 1 if lack else 0)
+    def told(self) -> Sync:
+        """The revocation list alone, asking for nothing."""
+        return Sync({}, [], 0, revocations=self.revocations, revoked_version=self.revoked_version)
+
+    def on_sync(self, message: Sync, peer: str, now: float) -> list[Sync]:
+        """Take in a Sync of `peer` and answer it when it asks for an answer. A round is mostly three messages: `sync`,
+        an answer with what the first side lacks, and, when the answering side lacks something too, a last one with
+        that. A revocation list travels beside them, and where a message could not hold all, the next round follows."""
+        changed = self.merge(message.records, now)
+        if message.revocations is not None:
+            self.revoke(message.revocations)
+        answers = []
+        if message.answers:
+            if message.revoked_version < self.revoked_version:
+                answers.append(self.told())
+            asks = message.answers == 2 and (
+                message.revoked_version > self.revoked_version or self._lacks(message.digest)
+            )
+            digest = self.digest() if asks else {}
+            room = _SYNC_BYTES - _DIGEST_ENTRY_BYTES * len(digest)
+            records, more = self.newer_than(message.digest, now, peer=peer, room=room)
+            answers.append(Sync(digest, records, int(asks), revoked_version=self.revoked_version, more=more))
+        if message.more and changed:
+            answers.append(self.sync(now))
+        return answers
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
+    def _take(self, signed: Signed, now: float) -> Record | Refusal | None:
+        """The record when it was news, why it was refused, or None for old news."""
+        if len(signed.payload) > MAX_RECORD_BYTES or sum(map(len, signed.chain)) > MAX_CHAIN_BYTES:
+            return "oversized"
+        try:
+            record = _RECORDS.decode(signed.payload)
+        except _DAMAGED:
+            return "malformed"
+        if len(record.node) > MAX_NODE_CHARS:
+            return "oversized"
+        entry = self._entries.get(record.node)
+        number = (record.incarnation, record.version)
+        # Before the signature is checked: most of what is refused here is old news, and a check costs 0.1 ms.
+        if entry is not None and number <= entry.number:
+            return None
+        if record.node in self.revoked:
+            return "revoked"
+        chain = tuple(signed.chain) or (entry.chain if entry is not None else ())
+        if not chain:
+            return "unproven"
+        writer = self.keys.writer(signed.payload, signed.signature, chain)
+        if writer is None:
+            return "forged"
+        if (writer.node, writer.role) != (record.node, record.role) or not set(record.labels) <= set(writer.labels):
+            return "overclaimed"
+        if record.node == self.self_node:
+            self._outnumber(number, now)
+            return None
+        if entry is None and len(self._entries) >= self._max_nodes and not self._make_room(now):
+            return None
+        age_s = min(signed.age_ms / 1e3, MAX_SHORTENING * min(record.lease_s, MAX_LEASE_S))
+        self._store(record, Signed(signed.payload, signed.signature), chain, now - age_s, now)
+        return record
+
+    def _store(self, record: Record, signed: Signed, chain: tuple[bytes, ...], grew_at_s: float, now: float) -> None:
+        old = self._entries.get(record.node)
+        if old is None or not self._spreads(old, now) or _shape(old.record) != _shape(record):
+            self.changes += 1
+        key = old.key if old is not None else digest_key(record.node)
+        self._entries[record.node] = _Entry(record, signed, chain, key, grew_at_s)
+        self._numbers[key] = (record.incarnation, record.version)
+
+    def _forget(self, node: str) -> None:
+        del self._numbers[self._entries.pop(node).key]
+
     def _outnumber(self, number: Number, now: float) -> None:
-        """Others hold a record from an earlier life of this node (its clock went back, say): publish a higher number,
-        or nobody would ever believe us again."""
+        """Others hold a record from an earlier life of this node (its calendar went back, say): publish a higher
+        number, or nobody would ever believe us again."""
         own = self._entries.get(self.self_node)
         if own is not None and own.number < number and number[0] < _MAX_COUNT:
-            own.record = msgspec.structs.replace(own.record, incarnation=number[0] + 1, version=0)
-            own.grew_at_s = now
+            self.put(msgspec.structs.replace(own.record, incarnation=number[0] + 1, version=0), now)
+
+    def _lacks(self, digest: Mapping[bytes, Number]) -> bool:
+        numbers, revoked = self._numbers, self._revoked_keys
+        return any(number > numbers.get(key, _NEVER) and key not in revoked for key, number in digest.items())
 
     def _spreads(self, entry: _Entry, now: float) -> bool:
         return entry.record.node == self.self_node or now < entry.dies_at_s()
 
-    def _number(self, node: str) -> Number:
-        entry = self._entries.get(node)
-        return entry.number if entry is not None else (-1, -1)
+    def _make_room(self, now: float) -> bool:
+        """Forget the node that has been dead for longest; whether there was one."""
+        dead = [entry for entry in self._entries.values() if not self._spreads(entry, now)]
+        if dead:
+            self._forget(min(dead, key=lambda entry: (entry.dies_at_s(), entry.record.node)).record.node)
+        return bool(dead)
 
     def _sweep(self, now: float) -> None:
         """Forget what has been dead for long. Once in a while is enough: it only bounds memory."""
@@ -209,16 +384,15 @@ class View:
         self._next_sweep_s = now + self._forget_s / 16
         for node, entry in list(self._entries.items()):
             if node != self.self_node and now >= entry.dies_at_s() + self._forget_s:
-                del self._entries[node]
+                self._forget(node)
         self.suspects(now)
 
 
-def _fits(record: Record) -> bool:
-    return len(record.node) <= MAX_NODE_CHARS and _rough_bytes(record) <= MAX_RECORD_BYTES
+def _aged(entry: _Entry, chain: Sequence[bytes], now: float) -> Signed:
+    age_ms = round(1e3 * max(0.0, now - entry.grew_at_s))
+    return Signed(entry.signed.payload, entry.signed.signature, list(chain), age_ms)
 
 
-def _rough_bytes(record: Record) -> int:
-    texts = [record.node, record.serves, record.reason, *record.addresses, *record.labels]
-    if record.span is not None:
-        texts.append(record.span.model)
-    return _RECORD_BYTES + sum(len(text.encode()) + 3 for text in texts)
+def _shape(record: Record) -> tuple[object, ...]:
+    """What of a record matters to those who wait for servers: not every renewal of a lease is a change."""
+    return (record.state, record.span, record.labels, record.incarnation)

@@ -17,6 +17,8 @@ from shoal.wire.messages import (
     Assign,
     Close,
     Denied,
+    Drain,
+    Draining,
     Fault,
     Gone,
     Hello,
@@ -28,6 +30,8 @@ from shoal.wire.messages import (
     Pong,
     Relink,
     Relinked,
+    Renew,
+    Renewed,
     Result,
     Step,
     Sync,
@@ -42,12 +46,12 @@ KINDS: dict[int, type[Any]] = {cls.__struct_config__.tag: cls for cls in get_arg
 _KIND_OF: dict[type[Any], int] = {cls: kind for kind, cls in KINDS.items()}
 _DECODERS: dict[int, msgspec.msgpack.Decoder[Any]] = {kind: msgspec.msgpack.Decoder(cls) for kind, cls in KINDS.items()}
 
-_ANYONE = frozenset[type[Any]]({Hello, Ping, Pong, Fault, Sync})
+_ANYONE = frozenset[type[Any]]({Hello, Ping, Pong, Fault, Sync, Renew})
 MAY_SEND: dict[str, frozenset[type[Any]]] = {
-    "server": _ANYONE | {Opened, Denied, Step, Result, Journal, Relinked, Gone},
+    "server": _ANYONE | {Opened, Denied, Step, Result, Journal, Relinked, Gone, Draining},
     "client": _ANYONE | {Open, Step, Relink, Close},
-    "gateway": _ANYONE | {Open, Step, Relink, Close, Assign},
-    "admin": _ANYONE | {Assign},
+    "gateway": _ANYONE | {Open, Step, Relink, Close, Assign, Renewed},
+    "admin": _ANYONE | {Assign, Drain, Renewed},
 }
 """Which messages a role may send; the role is the one in the sender's certificate."""
 

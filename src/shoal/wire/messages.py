@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 MAX_META_BYTES = 64 * 1024
 MAX_BODY_BYTES = 256 * 1024 * 1024
@@ -21,6 +21,9 @@ MAX_ITEMS = 1024
 MAX_ROWS = 65_536
 MAX_HIDDEN = 65_536
 MAX_CONTEXT = 16 * 1024 * 1024
+MAX_REVOKED = 1000
+MAX_SIGNED_BYTES = 40_000
+"""Room for a revocation list of MAX_REVOKED nodes; a record takes far less (swarm.view.MAX_RECORD_BYTES)."""
 
 SessionBytes = Annotated[bytes, Meta(min_length=16, max_length=16)]
 NodeText = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[a-z0-9][a-z0-9._-]*$")]
@@ -32,6 +35,13 @@ Count = Annotated[int, Meta(ge=0, le=2**53)]
 Position = Annotated[int, Meta(ge=0, le=MAX_CONTEXT)]
 BlockIndex = Annotated[int, Meta(ge=0, le=100_000)]
 Millis = Annotated[float, Meta(ge=0.0, le=1e9)]
+
+DigestKey = Annotated[bytes, Meta(min_length=8, max_length=8)]
+"""A node in a digest: the first 8 bytes of the SHA-256 of its id."""
+DerBytes = Annotated[bytes, Meta(min_length=1, max_length=4096)]
+"""One certificate."""
+ChainDer = Annotated[list[DerBytes], Meta(max_length=4)]
+"""A node's certificate and those between it and the swarm's root, which is not among them."""
 
 WireType = Literal["f32", "bf16", "int8"]
 """How activations travel: raw float32, raw bfloat16, or blockwise int8 (one float32 scale per 64 values)."""
@@ -193,9 +203,17 @@ class Span(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
     end: BlockIndex
 
 
+class AuditHead(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Where a node's audit log stands. Others keep it, so that a log cut short later is noticed."""
+
+    seq: Count
+    hash: Annotated[bytes, Meta(min_length=32, max_length=32)]
+
+
 class Record(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """What one node says about itself. One writer per node: the higher (incarnation, version) wins. It is valid for
-    lease_s seconds after it was last heard to grow; lease times are measured on the receiver's clock only."""
+    lease_s seconds after it was last heard to grow; lease times are measured on the receiver's clock only. It travels
+    inside a Signed."""
 
     node: NodeText
     incarnation: Count
@@ -225,16 +243,54 @@ class Record(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     """The model this server was started for, also while it hosts no blocks; "": whichever the planner assigns."""
     reason: NoteText = ""
     """Why it hosts what it hosts, or nothing, in a sentence for `shoal status --explain`."""
+    rtts: Annotated[list[tuple[NodeText, Millis]], Meta(max_length=32)] = []
+    """Round trips to other nodes, milliseconds, measured by this node's own connections."""
+    busy: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
+    """Share of the last ~10 s spent computing."""
+    threads: Count = 1
+    """Threads it computes with."""
+    weights: Literal["native", "int8", "nf4"] = "native"
+    """In which precision it holds the weights; "native": as they are in the checkpoint, rounded to `dtype`."""
+    audit: AuditHead | None = None
+    quarantined: Annotated[list[NodeText], Meta(max_length=32)] = []
+    """Nodes whose answers this node found wrong."""
+
+
+class Revocations(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """All nodes whose certificates no longer count. Written by an admin; the highest version wins. Inside a Signed."""
+
+    version: Count
+    nodes: Annotated[list[NodeText], Meta(max_length=MAX_REVOKED)]
+
+
+class Signed(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """The msgpack bytes of a Record or of Revocations, with the writer's signature over exactly these bytes (ECDSA
+    P-256, SHA-256, DER). Opaque to the frame decoder: what a third node wrote cannot end the connection of the node
+    that passes it on."""
+
+    payload: Annotated[bytes, Meta(min_length=1, max_length=MAX_SIGNED_BYTES)]
+    signature: Annotated[bytes, Meta(min_length=1, max_length=128)]
+    chain: ChainDer = []
+    """The writer's certificates; left out when the receiver has seen a record of that node and incarnation."""
+    age_ms: Count = 0
+    """How long ago the sender saw this record grow. Not signed: it can shorten a lease by half at most."""
 
 
 class Sync(_Message, frozen=True, tag=30):
     """Push-pull gossip. `digest` maps each known node to [incarnation, version]; `records` are those the sender thinks
     the receiver lacks. `answers` is how many more messages the round may have: 2 when it is opened, 1 in an answer that
-    asks back, 0 in the last one. The receiver answers unless it is 0."""
+    asks back, 0 in the last one. The receiver answers unless it is 0. The digest of a message that asks for no answer
+    holds only what its sender knows of and does not send (any more)."""
 
-    digest: dict[NodeText, tuple[Count, Count]]
-    records: Annotated[list[Record], Meta(max_length=2048)]
+    digest: dict[DigestKey, tuple[Count, Count]]
+    records: Annotated[list[Signed], Meta(max_length=2048)]
     answers: Annotated[int, Meta(ge=0, le=2)]
+    revocations: Signed | None = None
+    """Sent alone, to a receiver whose `revoked_version` is lower."""
+    revoked_version: Count = 0
+    """Version of the sender's revocation list, 0 for none."""
+    more: bool = False
+    """The receiver lacks more than had room: it may open another round at once."""
 
 
 class Assign(_Message, frozen=True, tag=31):
@@ -242,6 +298,26 @@ class Assign(_Message, frozen=True, tag=31):
 
     span: Span
     reason: ReasonText
+
+
+class Drain(_Message, frozen=True, tag=32):
+    """Admin -> server: leave politely, as on a stop signal."""
+
+    reason: ReasonText
+
+
+class Draining(_Message, frozen=True, tag=33):
+    """Server -> admin: it has begun to leave."""
+
+
+class Renew(_Message, frozen=True, tag=40):
+    """Any node -> a node that keeps the swarm's issuer: a new certificate for the key of this connection, please."""
+
+
+class Renewed(_Message, frozen=True, tag=41):
+    """The new certificate of the node at the other end, for the same key, and its issuer's."""
+
+    chain: Annotated[list[DerBytes], Meta(min_length=1, max_length=4)]
 
 
 Message = (
@@ -261,4 +337,8 @@ Message = (
     | Gone
     | Sync
     | Assign
+    | Drain
+    | Draining
+    | Renew
+    | Renewed
 )

@@ -88,4 +88,6 @@ def _strike(network: Network, server: Server, kind: str, peer: str) -> None:
     elif kind in ("drain", "drain_without_spare"):
         server.leave()
     else:
-        network.cut(next(end for end in reversed(network.ends_of(server)) if end.peer.name == peer))
+        # Between two servers there may also be a connection the other way, for gossip alone.
+        pushing = server.end_to(peer) if kind == "cut_push" else None
+        network.cut(pushing or next(end for end in reversed(network.ends_of(server)) if end.peer.name == peer))

@@ -1,0 +1,158 @@
+"""With whom a node talks about the registry, and how often.
+
+Every round a node syncs with a few others over connections it keeps. In a small swarm all seeds are among them, so news
+takes one round to everybody. In a large one each node could not be every seed's guest, so partners are drawn at random
+from a few kept links that are slowly exchanged, and news spreads like a rumour: both sides of a sync end up with what
+either knew, so of n nodes all know after about ln(n) * round_s / partners seconds.
+
+The lease must outlast a renewal that is as late as it gets: renew_s, plus the time news takes to the last node. A dead
+node is out of everybody's view lease_s after its last renewal, since records carry their age. Between these two lies
+the choice of `pace`; what it costs is measured by `shoal bench gossip`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from shoal.swarm.view import View
+from shoal.wire.messages import Record
+
+_T = TypeVar("_T")
+
+
+class Rng(Protocol):
+    """The part of random.Random that decisions use."""
+
+    def random(self) -> float: ...
+    def sample(self, population: Sequence[_T], k: int) -> list[_T]: ...
+    def choice(self, seq: Sequence[_T]) -> _T: ...
+    def shuffle(self, x: list[Any]) -> None: ...
+
+
+ROTATE_S = 20.0
+"""One of the kept links is exchanged this often: a handshake costs both sides 8 ms, an old choice little."""
+PROBE_NODES = 8
+"""How many nodes of a large swarm, on average, look each round for a seed or for someone whose lease ran out. One is
+enough to join two halves again after a partition, also when no seed lives."""
+PROBE_SHARE = 0.2
+"""The same as a share of the rounds of each node, in a small swarm."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How often, and with how many."""
+
+    round_s: float
+    renew_s: float
+    """How often a node renews its lease."""
+    load_s: float
+    """How often changes of load alone are told at most."""
+    lease_s: float
+    partners: int
+    """Nodes, other than seeds in a small swarm, with whom each round is done."""
+    links: int
+    """Connections kept to draw them from."""
+    all_seeds: bool
+    """Sync with every seed every round."""
+    rtts: int
+    """Round trips told in the record."""
+
+
+SMALL = Pace(round_s=1.0, renew_s=1.0, load_s=0.4, lease_s=5.0, partners=1, links=4, all_seeds=True, rtts=32)
+MIDDLE = Pace(round_s=1.0, renew_s=2.0, load_s=2.0, lease_s=8.0, partners=2, links=4, all_seeds=False, rtts=16)
+LARGE = Pace(round_s=1.0, renew_s=3.0, load_s=3.0, lease_s=9.0, partners=2, links=4, all_seeds=False, rtts=4)
+
+
+def pace(nodes: int) -> Pace:
+    """For a swarm of so many live nodes. Nodes may disagree about the number: every choice works with every other."""
+    return SMALL if nodes <= 32 else MIDDLE if nodes <= 256 else LARGE
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Whom to sync with: a node, or whoever answers at a seed's address."""
+
+    node: str
+    """Empty for a seed: its address is all we know."""
+    addresses: tuple[str, ...]
+
+    @classmethod
+    def seed(cls, address: str) -> Target:
+        return cls("", (address,))
+
+    @property
+    def name(self) -> str:
+        return self.node or self.addresses[0]
+
+
+class Mesh:
+    """The links that one node keeps for gossip, and whom it asks next. Pure: `round` takes time and chance."""
+
+    def __init__(self, node: str, seeds: Sequence[str]) -> None:
+        self._node = node
+        self._seeds = [Target.seed(address) for address in dict.fromkeys(seeds)]
+        self._kept: dict[str, Target] = {}
+        self._rotated_at_s: float | None = None
+
+    @property
+    def kept(self) -> list[Target]:
+        """Nodes whose links stay open between rounds."""
+        return list(self._kept.values())
+
+    def round(self, view: View, now: float, rng: Rng, *, measured: Collection[str] = ()) -> list[Target]:
+        """Whom to sync with now. `measured`: nodes whose round trip is known; the others are met first."""
+        live = view.live(now)
+        pace_now = pace(len(live))
+        self._choose(view, live, pace_now, now, rng, measured)
+        partners = rng.sample(self.kept, min(pace_now.partners, len(self._kept)))
+        probing = min(PROBE_SHARE, PROBE_NODES / max(1, len(live)))
+        if pace_now.all_seeds or not partners:
+            partners += self._seeds
+        elif self._seeds and rng.random() < probing:
+            partners.append(rng.choice(self._seeds))
+        if rng.random() < probing and (lost := [record for record in view.lost(now) if self._can_ask(record)]):
+            partners.append(_target(rng.choice(lost)))
+        return partners
+
+    def failed(self, node: str) -> None:
+        """The link to it broke or could not be made: draw another one."""
+        self._kept.pop(node, None)
+
+    def _choose(
+        self,
+        view: View,
+        live: Sequence[Record],
+        pace_now: Pace,
+        now: float,
+        rng: Rng,
+        measured: Collection[str],
+    ) -> None:
+        avoid = view.suspects(now)
+        able = {record.node: record for record in live if self._can_ask(record)}
+        self._kept = {node: _target(able[node]) for node in self._kept if node in able}
+        if self._rotated_at_s is None:
+            self._rotated_at_s = now + ROTATE_S * rng.random()  # not all nodes of a swarm at the same moment
+        elif now - self._rotated_at_s >= ROTATE_S and len(self._kept) >= min(pace_now.links, len(able)):
+            self._rotated_at_s = now
+            if len(able) > len(self._kept) and self._kept:
+                del self._kept[next(iter(self._kept))]
+        others = [record for node, record in able.items() if node not in self._kept and node not in avoid]
+        rng.shuffle(others)
+        others.sort(key=lambda record: record.node in measured)
+        for record in others[: max(0, pace_now.links - len(self._kept))]:
+            self._kept[record.node] = _target(record)
+
+    def _can_ask(self, record: Record) -> bool:
+        """Seeds are met as seeds; nodes without an address come to us."""
+        addresses = record.addresses
+        return (
+            bool(addresses)
+            and record.node != self._node
+            and not any(seed.addresses[0] in addresses for seed in self._seeds)
+        )
+
+
+def _target(record: Record) -> Target:
+    return Target(record.node, tuple(record.addresses))
