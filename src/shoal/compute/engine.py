@@ -34,6 +34,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
 
+from shoal.compute import products
 from shoal.compute.cache import GrowingLayer, SessionKv, SlotShape, cache_bytes, cache_costs, growing_cache, pages
 from shoal.compute.packed import (
     ATTENTION_NAME,
@@ -132,6 +133,7 @@ class BlockEngine:
         self._slots: dict[int, SlotShape] = {}
         self._configs = _configs(stage)
         self._rotary = _Rotary(stage)
+        (products.plain if exact else products.choose)(stage.layers)
         self._self_check()
         if exact and self.packed:
             self.row_tile = self._find_row_tile()

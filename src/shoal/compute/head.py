@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from shoal.compute import products
 from shoal.compute.sampling import Sampler, sample_batch
 from shoal.compute.split import Ends
 from shoal.compute.tiles import PROBE_ROWS, RowTile, first_that_holds
@@ -29,6 +30,7 @@ class HeadEngine:
     def __init__(self, ends: Ends, *, exact: bool = False) -> None:
         self.ends = ends
         self.row_tile: RowTile | None = None
+        (products.plain if exact else products.choose)(ends.head)
         if exact:
             probe = torch.randn(PROBE_ROWS, ends.hidden_size, generator=torch.Generator().manual_seed(0))
             probe = probe.to(device=ends.device, dtype=ends.dtype)

@@ -293,6 +293,12 @@ class Ends:
         blank(twin, keep=anatomy.at_the_ends)
         return cls(twin, anatomy)
 
+    @property
+    def head(self) -> list[nn.Module]:
+        """The module that makes logits, as a list: empty for a family that has none."""
+        module = self._model.get_output_embeddings()
+        return [] if module is None else [module]
+
     def embed(self, ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """The hidden state that enters layer 0. ids [B, T], position_ids [B, T] -> [B, T, H]."""
         if self._table is not None:
