@@ -22,11 +22,14 @@ def set_up_logging() -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
-def on_stop(stop: Callable[[], None]) -> None:
-    """Call `stop` in the running loop on SIGTERM, SIGINT, or the end of standard input."""
+def on_stop(stop: Callable[[], None], *, with_parent: bool = True) -> None:
+    """Call `stop` in the running loop on SIGTERM or SIGINT; in child processes (`with_parent`) also at the end of
+    standard input. A command that a person or a service manager starts may well have none."""
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
+    if not with_parent:
+        return
 
     def watch_parent() -> None:
         while os.read(0, 4096):

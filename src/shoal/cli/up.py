@@ -56,8 +56,8 @@ def up(
     from shoal.launch.local import LocalSwarm, SwarmPlan
     from shoal.spec.units import parse_bytes
 
-    model_dir = demo_model() if model is None else _local(model)
-    name = "shoal-demo" if model is None else (Path(model).resolve().name if Path(model).is_dir() else model)
+    model_dir = demo_model() if model is None else local_model(model)
+    name = "shoal-demo" if model is None else model_name(model)
     plan = SwarmPlan(
         model_dir=model_dir,
         model_name=name,
@@ -82,13 +82,19 @@ def demo_model() -> Path:
     return Path(shoal.__file__).parent / "assets" / "demo"
 
 
-def _local(model: str) -> Path:
+def local_model(model: str) -> Path:
     """A directory as it is; a hub id is fetched once, which needs the model library."""
     if Path(model).is_dir():
         return Path(model)
     from shoal.compute.weights import fetch_model
 
     return fetch_model(model)
+
+
+def model_name(model: str) -> str:
+    """What a model is called in the API when nobody said otherwise: its hub id, or its directory's name."""
+    path = Path(model)
+    return path.resolve().name if path.is_dir() else model
 
 
 async def _run(swarm: object, as_json: bool) -> int:

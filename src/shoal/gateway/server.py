@@ -11,12 +11,13 @@ import traceback
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Any, Literal
 
 import h11
 import uvicorn
+from cryptography import x509
 from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -67,6 +68,20 @@ class TlsFiles:
             raise UsageError(
                 f"Cannot read {error.filename or self.certificate}: {error.strerror}.", hint="Give PEM files."
             ) from error
+
+    def names(self) -> list[str]:
+        """The DNS names and addresses that the certificate is for: by these, and no others, a browser will come."""
+        cert = x509.load_pem_x509_certificate(self.certificate.read_bytes())
+        try:
+            found = cert.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        except x509.ExtensionNotFound:
+            return []
+        addresses = (f"[{each}]" if each.version == 6 else str(each) for each in _addresses(found))
+        return [*found.get_values_for_type(x509.DNSName), *addresses]
+
+
+def _addresses(names: x509.SubjectAlternativeName) -> list[IPv4Address | IPv6Address]:
+    return [each for each in names.get_values_for_type(x509.IPAddress) if isinstance(each, IPv4Address | IPv6Address)]
 
 
 def _no_password() -> str:
