@@ -19,9 +19,12 @@ from transformers import PreTrainedTokenizerFast
 
 from shoal.gateway.accounts import Accounts
 from shoal.gateway.app import create_app
+from shoal.gateway.audit import Audit
 from shoal.gateway.limits import Limits
 from shoal.gateway.metrics import Metrics
 from shoal.gateway.server import Listening, serve
+from shoal.manifest.chain import AuditLog
+from shoal.manifest.writer import AuditWriter
 from shoal.spec.ids import BlockRange
 from shoal.spec.sampling import Sampled, SamplingParams
 from shoal.swarm.trust import Zones
@@ -80,7 +83,15 @@ class Call:
     closed: threading.Event = field(default_factory=threading.Event)
 
 
-Step = int | Sampled | Hold | Exception | None
+@dataclass(frozen=True)
+class Given:
+    """A step of a script: a machine is given inputs for these blocks "START:END"."""
+
+    node: str
+    blocks: str
+
+
+Step = int | Sampled | Hold | Given | Exception | None
 Script = Callable[[Call], Iterable[Step]]
 
 
@@ -144,6 +155,10 @@ class ScriptedModel:
                 if isinstance(step, Hold):
                     await step.wait()
                     continue
+                if isinstance(step, Given):
+                    assert call.on_host is not None
+                    call.on_host(step.node, BlockRange.parse(step.blocks))
+                    continue
                 await asyncio.sleep(0)
                 call.steps_done += 1
                 yield Sampled(step) if isinstance(step, int) else step
@@ -166,6 +181,10 @@ class ScriptedModel:
             for step in self.embedding_script(call):
                 if isinstance(step, Exception):
                     raise step
+                if isinstance(step, Given):
+                    assert call.on_host is not None
+                    call.on_host(step.node, BlockRange.parse(step.blocks))
+                    continue
                 if isinstance(step, Hold):
                     await step.wait()
             await asyncio.sleep(0)
@@ -220,7 +239,9 @@ def sampled_tokens(call: Call, vocabulary_size: int) -> Iterator[Sampled]:
 class Gateway:
     """A running gateway: two models, its keys, and clients for it."""
 
-    def __init__(self, folder: Path, limits: Limits) -> None:
+    def __init__(self, folder: Path, limits: Limits, log: AuditLog | None = None) -> None:
+        """`log` keeps the requests; None: nobody does."""
+        self._log = log
         self.limits = limits
         self.chatty = ScriptedModel("org/chatty:1b", byte_level_tokenizer())
         self.plain = ScriptedModel("plain", byte_level_tokenizer(template=None))
@@ -228,6 +249,7 @@ class Gateway:
         with_file = Accounts(folder / "keys.sqlite")
         self.key, _ = with_file.create("test")
         self.plain_key, _ = with_file.create("plain only", models=["plain"])
+        self.zoned_key, self.zoned = with_file.create("zoned", zones="first=2:hq")
         with_file.close()
         self._folder = folder
         self.listening: Listening
@@ -239,16 +261,20 @@ class Gateway:
     async def _serve(self) -> None:
         self._stop, self._loop = asyncio.Event(), asyncio.get_running_loop()
         accounts = Accounts(self._folder / "keys.sqlite")
+        writer = None if self._log is None else AuditWriter(self._log)
         self.app = create_app(
             {model.name: model for model in (self.chatty, self.plain)},
             accounts,
             limits=self.limits,
             metrics=self.metrics,
+            audit=Audit(writer),
         )
         async with serve(self.app, limits=self.limits) as self.listening:
             self._started.set()
             await self._stop.wait()
         accounts.close()
+        if writer is not None:
+            writer.close()
 
     def start(self) -> None:
         self._thread.start()
@@ -279,8 +305,8 @@ class Gateway:
 
 
 @contextmanager
-def running(folder: Path, limits: Limits | None = None) -> Iterator[Gateway]:
-    gateway = Gateway(folder, limits or Limits())
+def running(folder: Path, limits: Limits | None = None, log: AuditLog | None = None) -> Iterator[Gateway]:
+    gateway = Gateway(folder, limits or Limits(), log)
     gateway.start()
     try:
         yield gateway

@@ -27,6 +27,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from shoal import __version__
 from shoal.errors import ShoalError, SwarmIncomplete
 from shoal.gateway.accounts import Account, Accounts
+from shoal.gateway.audit import Audit
 from shoal.gateway.embeddings import Embedder
 from shoal.gateway.errors import RequestError, error_response, shown_to_callers
 from shoal.gateway.generate import Generator, OfferedModel
@@ -52,19 +53,20 @@ def create_app(
     metrics: Metrics | None = None,
     hosts: Sequence[str] = (),
     origins: Sequence[str] = (),
+    audit: Audit | None = None,
 ) -> Starlette:
     """The gateway as an ASGI application, for one model or several.
 
     `hosts` are names besides the loopback ones by which this gateway may be addressed. `origins` are web origins
     ("https://chat.example.org") whose pages may read its answers in a browser. `metrics` is given by whoever counts
-    failovers into it.
+    failovers into it. `audit` keeps who computed what; None: nobody does.
     """
     limits = limits or Limits()
     metrics = metrics or Metrics()
     metrics.watch(lambda: {name: served.coverage() for name, served in models.items()})
     offered = {name: OfferedModel(served) for name, served in models.items()}
     quotas = Quotas(accounts)
-    generator = Generator(offered, limits, metrics, Gate(limits.requests), quotas)
+    generator = Generator(offered, limits, metrics, Gate(limits.requests), quotas, audit or Audit())
     embedder = Embedder(generator)
     responder = Responder(generator)
     idempotency = Idempotency(limits)

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Literal
 
 from shoal.errors import ShoalError
+from shoal.gateway.audit import Trail
 from shoal.gateway.served import Served
 from shoal.gateway.text import StopFilter, Vocabulary
 from shoal.spec.sampling import Sampled, SamplingParams
@@ -39,6 +40,7 @@ class Order:
     stops: tuple[str, ...]
     ignore_eos: bool
     request_id: str
+    trail: Trail
 
     @property
     def choices(self) -> int:
@@ -88,7 +90,13 @@ async def pieces(order: Order, choice: int) -> AsyncGenerator[Piece | None, None
     waiting: deque[tuple[int, int, Sampled]] = deque()  # reports whose text is held back: start, end, token
     made = shown = count = 0
     generation = order.served.generate(
-        prompt, params, max_tokens=max_tokens, ignore_eos=order.ignore_eos, request_id=f"{order.request_id}-{choice}"
+        prompt,
+        params,
+        max_tokens=max_tokens,
+        ignore_eos=order.ignore_eos,
+        request_id=f"{order.request_id}-{choice}",
+        zones=order.trail.zones,
+        on_host=order.trail.on_host,
     )
     async with aclosing(generation) as tokens:
         async for sampled in tokens:

@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from shoal.errors import ContextTooLong, Full
 from shoal.gateway.accounts import Account
+from shoal.gateway.audit import Trail
 from shoal.gateway.errors import RequestError
 from shoal.gateway.generate import Generator, OfferedModel
 from shoal.gateway.limits import patient, read_body, while_connected
@@ -44,9 +45,11 @@ class Embedder:
             prompts = await asyncio.to_thread(_prompts, model, request)
             tokens = sum(map(len, prompts))
             headers = {"x-shoal-ignored": ignored_header(ignored)} if ignored else {}
-            async with generator.metered(tokens, account, scope) as (meter, bill):
+            request_id = scope["state"]["request_id"]
+            trail = generator.audit.trail(request_id, account, model.served)
+            async with generator.metered(tokens, account, trail, scope) as (meter, bill):
                 sending = bill.before_the_end(patient(send, generator.limits))
-                work = _answer(model.served, request, prompts, scope["state"]["request_id"], meter, headers, sending)
+                work = _answer(model.served, request, prompts, request_id, trail, meter, headers, sending)
                 await while_connected(receive, work)
 
 
@@ -72,12 +75,13 @@ async def _answer(
     request: EmbeddingRequest,
     prompts: Sequence[list[int]],
     request_id: str,
+    trail: Trail,
     meter: RequestMeter,
     headers: dict[str, str],
     send: Send,
 ) -> None:
     """Compute every vector, then send one JSON object. Billed when all are there."""
-    data = await _all(served, request, prompts, request_id)
+    data = await _all(served, request, prompts, request_id, trail)
     tokens = sum(map(len, prompts))
     meter.admitted(tokens)
     meter.finished("embedded")
@@ -91,7 +95,7 @@ async def _answer(
 
 
 async def _all(
-    served: Served, request: EmbeddingRequest, prompts: Sequence[list[int]], request_id: str
+    served: Served, request: EmbeddingRequest, prompts: Sequence[list[int]], request_id: str, trail: Trail
 ) -> list[dict[str, Any]]:
     """The vectors as entries of the answer, some of them computed at once. Raises what a text raises.
 
@@ -106,7 +110,9 @@ async def _all(
         while waiting or running:
             while waiting and len(running) < most:
                 place = waiting.popleft()
-                work = served.embed(prompts[place], request_id=f"{request_id}-{place}")
+                work = served.embed(
+                    prompts[place], request_id=f"{request_id}-{place}", zones=trail.zones, on_host=trail.on_host
+                )
                 running[asyncio.create_task(work)] = place
             done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
             for task in done:

@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 from shoal.errors import ContextTooLong, ShoalError
 from shoal.gateway.accounts import Account
 from shoal.gateway.answers import ChatDialect, CompletionDialect, Dialect, usage
+from shoal.gateway.audit import Audit, Trail
 from shoal.gateway.chat import ChatTemplate
 from shoal.gateway.choices import Choices, Order, Piece
 from shoal.gateway.errors import Interrupted, RequestError, error_body, shown_to_callers
@@ -90,6 +91,7 @@ class Generator:
     metrics: Metrics
     gate: Gate
     quotas: Quotas
+    audit: Audit
 
     async def chat(self, scope: Scope, receive: Receive, send: Send, account: Account) -> None:
         """POST /v1/chat/completions."""
@@ -100,7 +102,7 @@ class Generator:
             request.check(model.vocabulary.size)
             # Rendering and tokenising a long prompt takes long enough to stall the streams of everybody else.
             prompts = await asyncio.to_thread(model.chat_prompt, request)
-            order = self.order(scope, request, model, prompts)
+            order = self.order(scope, request, model, prompts, account)
             dialect = ChatDialect(
                 model.served.name, order.request_id, model.vocabulary, logprobs=request.alternatives is not None
             )
@@ -114,7 +116,7 @@ class Generator:
             model = self.pick(request.model, account)
             request.check(model.vocabulary.size)
             prompts = await asyncio.to_thread(model.prompts, request)
-            order = self.order(scope, request, model, prompts)
+            order = self.order(scope, request, model, prompts, account)
             dialect = CompletionDialect(
                 model.served.name, order.request_id, model.vocabulary, alternatives=request.alternatives
             )
@@ -136,7 +138,12 @@ class Generator:
         return model
 
     def order(
-        self, scope: Scope, request: ChatRequest | CompletionRequest, model: OfferedModel, prompts: list[list[int]]
+        self,
+        scope: Scope,
+        request: ChatRequest | CompletionRequest,
+        model: OfferedModel,
+        prompts: list[list[int]],
+        account: Account,
     ) -> Order:
         return Order(
             served=model.served,
@@ -148,24 +155,27 @@ class Generator:
             stops=request.stops,
             ignore_eos=bool(request.ignore_eos),
             request_id=scope["state"]["request_id"],
+            trail=self.audit.trail(scope["state"]["request_id"], account, model.served),
         )
 
     async def _deliver(self, delivery: _Delivery, account: Account, scope: Scope, receive: Receive, send: Send) -> None:
         work = _stream if delivery.request.stream else _answer
-        async with self.metered(delivery.order.most_tokens, account, scope) as (meter, bill):
+        order = delivery.order
+        async with self.metered(order.most_tokens, account, order.trail, scope) as (meter, bill):
             sending = bill.before_the_end(patient(send, self.limits))
             await while_connected(receive, work(delivery, meter, self.limits, sending))
 
     @asynccontextmanager
     async def metered(
-        self, most_tokens: int, account: Account, scope: Scope
+        self, most_tokens: int, account: Account, trail: Trail, scope: Scope
     ) -> AsyncIterator[tuple[RequestMeter, Bill]]:
-        """Measures and bills what the block does. Raises QuotaExceeded before anything begins, for a request that may
-        use more than its key may."""
+        """Measures, bills and logs what the block does. Raises QuotaExceeded before anything begins, for a request that
+        may use more than its key may, and what the audit log raises when it cannot be written."""
         state = scope["state"]
         with self.metrics.request() as meter:
             try:
-                with self.quotas.bill(account, meter, most_tokens) as bill:
+                await self.audit.ready()
+                with self.quotas.bill(account, meter, most_tokens, trail) as bill:
                     state["headers"].update(self.quotas.token_headers(account))
                     yield meter, bill
             except ShoalError as error:
@@ -179,6 +189,7 @@ class Generator:
                 raise
             finally:
                 state["failed"] = meter.error is not None
+                await trail.end(meter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +257,7 @@ async def told_in_stream(
     except BaseException as error:
         # A fault of ours, or the gateway stops: the client must not take what it has for the whole answer.
         # When it was the client that left, this is sent to nobody; when it reads no more, nobody waits for it.
+        meter.cut = True
         with suppress(TimeoutError):
             async with asyncio.timeout(FAREWELL_S):
                 await tell(Interrupted(type(error).__name__))

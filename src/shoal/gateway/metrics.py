@@ -123,6 +123,8 @@ class RequestMeter:
         self.prompt_tokens = 0
         self.generated_tokens = 0
         self.error: str | None = None
+        self.cut = False
+        """The answer is being ended early; why is known, and said to `failed`, only after its last byte."""
         self._metrics = metrics
         self._started_s = time.perf_counter()
         self._last_token_s: dict[int, float] = {}

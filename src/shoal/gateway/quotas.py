@@ -24,6 +24,7 @@ from starlette.types import Message, Send
 
 from shoal.errors import ShoalError
 from shoal.gateway.accounts import DAY_S, Account, Accounts, Usage, day_of
+from shoal.gateway.audit import Trail
 from shoal.gateway.errors import RequestError
 from shoal.gateway.metrics import RequestMeter
 
@@ -103,7 +104,7 @@ class Quotas:
     # --- tokens per day --------------------------------------------------------------------------------------
 
     @contextmanager
-    def bill(self, account: Account, meter: RequestMeter, most_tokens: int) -> Iterator[Bill]:
+    def bill(self, account: Account, meter: RequestMeter, most_tokens: int, trail: Trail) -> Iterator[Bill]:
         """Reserve `most_tokens` for a request, and charge at the end of the block what `meter` has counted.
 
         Raises QuotaExceeded (429) before anything begins.
@@ -113,7 +114,7 @@ class Quotas:
         if limit is not None and day.used + day.reserved + most_tokens > limit:
             raise self._over(day, limit, most_tokens)
         day.reserved += most_tokens
-        bill = Bill(self, account, day, meter, most_tokens)
+        bill = Bill(self, account, day, meter, most_tokens, trail)
         try:
             yield bill
         finally:
@@ -183,12 +184,15 @@ class Quotas:
 class Bill:
     """One request's reservation and, in the end, its charge."""
 
-    def __init__(self, quotas: Quotas, account: Account, day: _Day, meter: RequestMeter, reserved: int) -> None:
+    def __init__(
+        self, quotas: Quotas, account: Account, day: _Day, meter: RequestMeter, reserved: int, trail: Trail
+    ) -> None:
         self._quotas = quotas
         self._account = account
         self._day = day
         self._meter = meter
         self._reserved: int | None = reserved
+        self._trail = trail
         self._written: asyncio.Future[None] | None = None
 
     def settle(self) -> None:
@@ -203,13 +207,20 @@ class Bill:
             self._written = self._quotas.charge(self._account, self._day.number, used)
 
     def before_the_end(self, send: Send) -> Send:
-        """`send` that lets the last part of an answer leave only when its charge is on the disk."""
+        """`send` that lets the first part of an answer leave only when the log says who computes it, and the last part
+        when its charge and its end are on the disk."""
 
         async def send_settled(message: Message) -> None:
-            if message["type"] == "http.response.body" and not message.get("more_body"):
+            if message["type"] == "http.response.start":
+                await self._trail.begun()
+            elif not message.get("more_body"):
                 self.settle()
+                waiting: list[asyncio.Future[None]] = []
+                if not self._meter.cut:
+                    waiting.append(asyncio.ensure_future(self._trail.end(self._meter)))
                 if self._written is not None:
-                    await asyncio.shield(self._written)  # others wait for the same write
+                    waiting.append(asyncio.shield(self._written))  # others wait for the same write
+                await asyncio.gather(*waiting)
             await send(message)
 
         return send_settled

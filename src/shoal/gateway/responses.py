@@ -148,10 +148,10 @@ class Responder:
             chat = request.chat()
             chat.check(model.vocabulary.size)
             prompts = await asyncio.to_thread(model.chat_prompt, chat)
-            order = generator.order(scope, chat, model, prompts)
+            order = generator.order(scope, chat, model, prompts, account)
             headers = {"x-shoal-ignored": ignored_header(ignored)} if ignored else {}
             wording = _Wording(request, order)
-            async with generator.metered(order.most_tokens, account, scope) as (meter, bill):
+            async with generator.metered(order.most_tokens, account, order.trail, scope) as (meter, bill):
                 sending = bill.before_the_end(patient(send, generator.limits))
                 work = _stream if request.stream else _answer
                 await while_connected(receive, work(order, wording, meter, generator.limits, headers, sending))

@@ -9,7 +9,7 @@ moved, added or cut off unnoticed.
 A line is canonical JSON: {"at": milliseconds since 1970, "by": node, "data": {...}, "kind", "prev", "seq"} and, in the
 last line of everything that was written at once, "sig". `prev` is the SHA-256 of the whole line before, so every byte
 of every line stands under all later signatures, and the last line under that of audit.head. An entry "log.signer"
-brings the certificates of a writer before its first signature.
+brings the certificates of a writer before its first signature; renewed ones are of the same key.
 
 Several processes of one home write one log (a gateway, an admin, commands). Each append takes the lock, looks whether
 others wrote meanwhile, writes its lines with one write, waits until the disk has them, then replaces the head. A
@@ -146,12 +146,6 @@ class AuditLog:
     def head(self) -> Head | None:
         """The last entry written or seen; None for an empty log."""
         return self._head
-
-    def renew(self, sign: Callable[[bytes], bytes], chain: Sequence[bytes]) -> None:
-        """Sign with a newer certificate of the same node from now on."""
-        self._sign = sign
-        self._chain = [base64.b64encode(der).decode() for der in chain]
-        self._announced = False
 
     def append(self, kind: str, **data: Json) -> Head:
         """One entry; it is on the disk when this returns. Raises AuditBroken, DiskFull, or ValueError for data that is

@@ -1,0 +1,131 @@
+"""Who could have read a request: entries of the audit log about every request that was given to a model.
+
+    request.hosts   which machines are about to compute which blocks; again when others take over from a lost one
+    request         how it ended, with all machines; also when it failed, was refused for a trust zone, or was left
+
+Neither holds any text. The first kind is on its way to the disk when the inputs leave, and on the disk before the first
+byte of the answer does; the second before the last byte. So whoever saw an answer finds it in the log, even if the
+gateway was killed the moment after. When the log cannot be written, requests are refused until it can.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from concurrent.futures import Future
+
+from shoal.errors import PolicyUnmet, UsageError
+from shoal.gateway.accounts import Account
+from shoal.gateway.metrics import RequestMeter
+from shoal.gateway.served import Served
+from shoal.manifest.chain import Head
+from shoal.manifest.writer import AuditWriter
+from shoal.spec.ids import BlockRange
+from shoal.swarm.trust import Zones, written
+
+logger = logging.getLogger("shoal.gateway")
+
+
+class Audit:
+    """The audit log as the gateway's requests use it; without a writer nothing is kept."""
+
+    def __init__(self, writer: AuditWriter | None = None) -> None:
+        self._writer = writer
+        self._failed = False
+
+    def trail(self, request_id: str, account: Account, served: Served) -> Trail:
+        """What is to be noted about one request. Raises PolicyUnmet when the trust zone of its key cannot be read."""
+        try:
+            zones = Zones.parse(account.zones)
+        except UsageError as error:
+            logger.error("key %d: %s", account.id, error)
+            raise PolicyUnmet(
+                "The trust zone of this key cannot be read, so nothing was computed.", hint="Ask for a new key."
+            ) from error
+        return Trail(self, request_id, account.id, served, (zones,) if zones else ())
+
+    async def ready(self) -> None:
+        """After a write that failed, see first whether the log takes entries again. Raises what it raises."""
+        if self._failed and self._writer is not None:
+            await asyncio.wrap_future(self._writer.submit("log.resumed"))
+            self._failed = False
+
+    def submit(self, kind: str, /, **data: object) -> Future[Head] | None:
+        if self._writer is None:
+            return None
+        future = self._writer.submit(kind, **data)  # type: ignore[arg-type]
+        future.add_done_callback(self._note)
+        return future
+
+    def _note(self, future: Future[Head]) -> None:
+        if not future.cancelled() and (error := future.exception()) is not None:
+            self._failed = True
+            logger.critical("the audit log cannot be written: %s", error)
+
+
+class Trail:
+    """One request's entries. `zones` are those of its key; those of the model are applied by the model itself."""
+
+    def __init__(self, audit: Audit, request_id: str, key: int, served: Served, zones: tuple[Zones, ...]) -> None:
+        self.zones = zones
+        self._audit = audit
+        self._about = {
+            "request": request_id,
+            "key": key,
+            "model": served.name,
+            "zones": written((*served.zones, *zones)),
+        }
+        self._hosts: list[list[str]] = []
+        self._told = 0
+        """How many of the hosts stand in an entry."""
+        self._waiting: list[Future[Head]] = []
+        self._ended = False
+
+    def on_host(self, node: str, blocks: BlockRange) -> None:
+        """A machine is about to be given inputs. Called on the event loop, once or more for each."""
+        host = [node, str(blocks)]
+        if host in self._hosts:
+            return
+        self._hosts.append(host)
+        if len(self._hosts) == self._told + 1:
+            # The other machines of the chain are told in the same turn of the loop: one entry for all.
+            asyncio.get_running_loop().call_soon(self._tell)
+
+    def _tell(self) -> None:
+        # Also after `end`: of several choices one may fail and end the answer while another still moves.
+        new, self._told = self._hosts[self._told :], len(self._hosts)
+        if new:
+            self._keep(self._audit.submit("request.hosts", **self._about, hosts=new))
+
+    def _keep(self, future: Future[Head] | None) -> None:
+        if future is not None:
+            self._waiting.append(future)
+
+    async def begun(self) -> None:
+        """Wait until the machines known so far are in the log. Raises what the log raises."""
+        self._tell()
+        await self._written()
+
+    async def end(self, meter: RequestMeter) -> None:
+        """The last entry, on the disk when this returns: "ok" or the code of an error, and how many tokens. Once; later
+        calls do nothing. Raises what the log raises."""
+        if self._ended:
+            return
+        self._ended = True
+        self._told = len(self._hosts)
+        self._keep(
+            self._audit.submit(
+                "request",
+                **self._about,
+                hosts=self._hosts,
+                outcome=meter.error or "ok",
+                prompt_tokens=meter.prompt_tokens,
+                tokens=meter.generated_tokens,
+            )
+        )
+        await self._written()
+
+    async def _written(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for future in waiting:
+            await asyncio.shield(asyncio.wrap_future(future))
