@@ -68,9 +68,11 @@ async def _main(options: Options) -> None:
     # Listen before torch is imported, so that the servers start beside us and not after us.
     listener = await transport.listen("tcp://127.0.0.1:0", seed.on_conn)
     output.answer_json({"swarm": listener.address})
+    seed.announce([listener.address])
+    gossip = asyncio.create_task(seed.directory.rounds(transport), name="gossip")
     serving = asyncio.create_task(_serve(options, seed, transport, identity.peer.node))
     stopped = asyncio.create_task(stop.wait())
-    await asyncio.wait([serving, stopped], return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait([serving, stopped, gossip], return_when=asyncio.FIRST_COMPLETED)
     stopped.cancel()
     serving.cancel()  # stopped: it leaves its own way (streams end, sessions close); ended by itself: no effect
     try:
@@ -78,7 +80,11 @@ async def _main(options: Options) -> None:
     except asyncio.CancelledError:
         pass
     finally:
+        gossip.cancel()
+        await asyncio.wait([gossip])
         await listener.close()
+    if not gossip.cancelled():
+        gossip.result()
 
 
 async def _serve(options: Options, seed: Seed, transport: TlsTransport, node: str) -> None:

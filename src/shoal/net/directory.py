@@ -21,7 +21,7 @@ from shoal.net.link import Link
 from shoal.net.transport import Transport
 from shoal.swarm import gossip
 from shoal.swarm.view import View
-from shoal.wire.messages import Message, Record, Signed, Sync
+from shoal.wire.messages import Message, Record, Revocations, Signed, Sync
 
 LEASE_S = gossip.SMALL.lease_s
 """What a record is made with; in a larger swarm `publish` writes another one."""
@@ -166,6 +166,17 @@ class Directory:
         if self.view.changes != before:
             self._on_change()
         return True
+
+    def revoke_as(self, admin: NodeIdentity, version: int, nodes: Sequence[str]) -> bool:
+        """Sign a revocation list as `admin`, act on it and pass it on; whether it was news. Version 0 is no list."""
+        if version == 0:
+            return False
+        payload = msgspec.msgpack.encode(Revocations(version, sorted(nodes)))
+        signed = Signed(payload, admin.sign(payload), list(admin.chain_der))
+        if version == self.view.revoked_version:
+            self.view.revoke(signed, anew=True)
+            return False
+        return self.revoke(signed)
 
     def on_sync(self, message: Sync, peer: str) -> list[Sync]:
         """Merge what `peer` sent; the answers to send back."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from shoal.errors import ShoalError
-from shoal.net.directory import Directory
+from shoal.net.directory import LEASE_S, Directory
 from shoal.net.identity import NodeIdentity
 from shoal.net.transport import Conn
 from shoal.wire.messages import Message, Record, Sync
@@ -19,6 +20,7 @@ class Seed:
 
     def __init__(self, identity: NodeIdentity) -> None:
         self.directory = Directory(identity, on_change=self._changed, on_revoked=self._revoked)
+        self._identity = identity
         self.on_change: Callable[[], None] = lambda: None
         self._news = asyncio.Event()
         self._conns: dict[str, Conn] = {}
@@ -45,6 +47,32 @@ class Seed:
         finally:
             if self._conns.get(node) is conn:
                 del self._conns[node]
+
+    def announce(self, addresses: Sequence[str]) -> None:
+        """Publish a record of this node, so that others find it without having been told its address."""
+        peer = self._identity.peer
+        self.directory.publish(
+            Record(
+                node=peer.node,
+                incarnation=Directory.incarnation(),
+                version=0,
+                lease_s=LEASE_S,
+                role=peer.role,
+                state="online",
+                addresses=list(addresses),
+                span=None,
+                pid=os.getpid(),
+                dtype="float32",
+                decode_ms_per_block=0.0,
+                prefill_ms_per_block_token=0.0,
+                memory_bytes=0,
+                cache_tokens_free=0,
+                cache_tokens_total=0,
+                queue_rows=0,
+                sessions=0,
+                labels=list(peer.labels),
+            )
+        )
 
     def send(self, node: str, message: Message) -> None:
         """To a connected node; to one that has left, nothing is sent, and its lease will tell."""

@@ -180,14 +180,15 @@ class View:
                 refused += 1
         return changed
 
-    def revoke(self, signed: Signed) -> bool:
-        """Take in a revocation list when an admin signed it and it is newer than the one we have; whether it was."""
+    def revoke(self, signed: Signed, *, anew: bool = False) -> bool:
+        """Take in a revocation list when an admin signed it and it is newer than the one we have; whether it was. With
+        `anew` it may also be the same one signed anew: the certificate of the admin who signed it ends some day."""
         try:
             told = _REVOCATIONS.decode(signed.payload)
         except _DAMAGED:
             self.refused["malformed"] += 1
             return False
-        if told.version <= self.revoked_version:
+        if told.version < self.revoked_version + (not anew):
             return False
         writer = self.keys.writer(signed.payload, signed.signature, signed.chain)
         if writer is None or writer.role != "admin" or writer.node in self.revoked:
