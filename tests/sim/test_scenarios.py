@@ -65,6 +65,12 @@ def test_views_of_eight_nodes_converge_and_heal_after_a_partition(seed: int) -> 
     replay("gossip", seed)
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_an_idle_server_moves_to_the_bottleneck_within_a_minute_and_no_session_dies(seed: int) -> None:
+    report = run("bottleneck", seed)
+    assert report.figures["moved_after_s"] <= 60.0
+
+
 def test_views_of_a_hundred_nodes_converge() -> None:
     report = gossip.converges(1, num_nodes=100)
     assert report.figures["nodes"] == 100

@@ -21,10 +21,11 @@ from shoal.sim.links import Body, End, Network
 from shoal.sim.world import Call, World, Wrong
 from shoal.spec.ids import BlockRange
 from shoal.swarm import gossip, routing, serving, session
+from shoal.swarm.estimates import Share
 from shoal.swarm.view import View
 from shoal.wire import messages as msg
 
-State = Literal["online", "draining"]
+State = Literal["loading", "online", "draining"]
 MODEL = "toy"
 IDLE_LINK_S = 5.0
 """A connection that gossip needs no more stays for this long after it was made, as in net.directory."""
@@ -161,6 +162,7 @@ class Node(Machine):
             cache_tokens_total=0,
             queue_rows=0,
             sessions=self.num_sessions(),
+            busy=self.busy(),
         )
 
     def state(self) -> State:
@@ -177,6 +179,9 @@ class Node(Machine):
 
     def num_sessions(self) -> int:
         return 0
+
+    def busy(self) -> float:
+        return 0.0
 
     # -- connections ------------------------------------------------------------------------------------------------
 
@@ -292,6 +297,7 @@ class Server(Node):
         self._limits: dict[bytes, int] = {}
         self._drivers: dict[str, End] = {}
         self._computing = False
+        self._share = Share()
         super().on_start()
 
     def state(self) -> State:
@@ -308,6 +314,9 @@ class Server(Node):
 
     def num_sessions(self) -> int:
         return self.serving.sessions
+
+    def busy(self) -> float:
+        return self._share.at(self.now())
 
     # -- network ----------------------------------------------------------------------------------------------------
 
@@ -406,13 +415,15 @@ class Server(Node):
         outputs = [self._run(work) for work in works]
         rows = sum(work.item.rows for work in works)
         took_s = self.step_ms / 1000 * len(self.config.blocks) * (1 + 0.05 * rows) * self.slowness
+        took_s *= self.world.rng.uniform(0.9, 1.1)
 
         def finish() -> None:
             self._computing = False
+            self._share.add(self.now(), took_s)
             self._carry_out(self.serving.on_computed(works, outputs, self.now()))
             self._compute()
 
-        self.after(took_s * self.world.rng.uniform(0.9, 1.1), finish)
+        self.after(took_s, finish)
 
     def _run(self, work: serving.Work) -> Body:
         cache = self.caches.get(work.session)

@@ -7,7 +7,7 @@ Medians over a short window, not means: on a shared machine one step in twenty t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 WINDOW = 32
 """Measurements that a figure looks back on."""
@@ -72,12 +72,38 @@ class Speed:
         return self._prefill.median()
 
 
+class Share:
+    """Which share of the last `window_s` seconds went into something, for example computing."""
+
+    def __init__(self, window_s: float = 10.0) -> None:
+        self._window_s = window_s
+        self._spells: deque[tuple[float, float]] = deque()
+        """(begin, end), oldest first."""
+
+    def add(self, now: float, seconds: float) -> None:
+        """A spell of `seconds` ended now."""
+        self._spells.append((now - max(seconds, 0.0), now))
+        self._forget(now)
+
+    def at(self, now: float) -> float:
+        """0 to 1. A window that has only begun counts as a whole one: nobody is busy after one step."""
+        self._forget(now)
+        start = now - self._window_s
+        return min(1.0, sum(end - max(begin, start) for begin, end in self._spells) / self._window_s)
+
+    def _forget(self, now: float) -> None:
+        while self._spells and self._spells[0][1] <= now - self._window_s:
+            self._spells.popleft()
+
+
 class Links:
-    """Round-trip times between pairs of nodes, as measured by heartbeats. A link is the same in both directions."""
+    """Round-trip times between pairs of nodes. A link is the same in both directions. What this node measured itself
+    (medians over its heartbeats) comes before what the ends of a link say in their records."""
 
     def __init__(self, default_rtt_ms: float = DEFAULT_RTT_MS) -> None:
         self._default_rtt_ms = default_rtt_ms
         self._windows: dict[tuple[str, str], Window] = {}
+        self._reported: dict[str, dict[str, float]] = {}
 
     def measured(self, a: str, b: str, rtt_ms: float) -> None:
         key = (a, b) if a < b else (b, a)
@@ -87,12 +113,20 @@ class Links:
         if len(self._windows) > MAX_LINKS:
             del self._windows[next(iter(self._windows))]
 
+    def reported(self, says: Mapping[str, Iterable[tuple[str, float]]]) -> None:
+        """What every node says about its links, as (other node, round trip in ms); replaces what was said before."""
+        self._reported = {node: dict(rtts) for node, rtts in says.items()}
+
     def rtt_ms(self, a: str, b: str) -> float:
-        """Median round trip between two nodes; 0 within one node, the default when it was never measured."""
+        """Round trip between two nodes; 0 within one node, the default when nobody has measured it. Where both ends
+        say something, the longer time counts: a node does not get work by praising its links."""
         if a == b:
             return 0.0
         window = self._windows.get((a, b) if a < b else (b, a))
-        return window.median() if window is not None else self._default_rtt_ms
+        if window is not None:
+            return window.median()
+        said = [rtts[other] for node, other in ((a, b), (b, a)) if other in (rtts := self._reported.get(node, {}))]
+        return max(said, default=self._default_rtt_ms)
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         return iter(self._windows)

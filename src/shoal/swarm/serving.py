@@ -235,6 +235,19 @@ class Serving:
             by_driver.setdefault(session.driver, []).append(session.id)
         return self._gone(by_driver, "draining", "This server is leaving.")
 
+    def resume(self) -> None:
+        """Stay after all: take new sessions again. Those that did not find another server are served on."""
+        self.draining = False
+
+    def leave(self, now: float) -> list[Action]:
+        """Give up the sessions that are still here; their drivers rebuild them where they can."""
+        by_driver: dict[str, list[bytes]] = {}
+        actions: list[Action] = []
+        for session in list(self._sessions.values()):
+            by_driver.setdefault(session.driver, []).append(session.id)
+            actions += self._forget(session, now)
+        return self._gone(by_driver, "left", "This server has left.") + actions
+
     def expire(self, now: float) -> list[Action]:
         """Drop sessions that nobody touched for idle_s."""
         old = [s for s in self._sessions.values() if now - s.used_at > self.config.idle_s and not s.computing]

@@ -4,6 +4,7 @@ safety     faults for ever: nothing wrong is ever emitted, nothing is emitted tw
 liveness   faults, then everything heals: every generation finishes in bounded time, nothing is left behind
 failover   one loss with a spare at hand: one new plan, and a gap no longer than noticing and replaying take
 gossip     registry views of many nodes converge, and converge again after a partition
+bottleneck an idle server moves to the span that load made too thin; no session notices
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from shoal.sim.report import Report
-from shoal.sim.scenarios import failover, generations, gossip
+from shoal.sim.scenarios import bottleneck, failover, generations, gossip
 
 SCENARIOS: dict[str, Callable[..., Report]] = {
     "safety": generations.safety,
     "liveness": generations.liveness,
     "failover": failover.one_loss,
     "gossip": gossip.converges,
+    "bottleneck": bottleneck.relieved,
 }
 
 
