@@ -165,6 +165,7 @@ class Driver:
                 hint="Shorten the prompt or ask for fewer tokens.",
             )
         run = _Run(list(prompt), Sampler(params, vocab_size=self._head.ends.vocab_size), max_tokens, eos_ids)
+        await self.sessions.scouted()
         run.handle = self.sessions.open(
             # The last token is never fed: nothing is predicted from it.
             len(run.prompt) + max_tokens - 1,

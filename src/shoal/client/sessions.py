@@ -35,6 +35,10 @@ SUSPECT_S = 3.0
 """How long a server whose connection broke is avoided; the registry knows better after that."""
 POLICY_RETRY_S = 30.0
 """When to come back after a refusal for a trust zone: somebody has to start a machine."""
+SCOUT_S = 1.0
+"""How often servers that are new here are looked for, and how long a first session waits for their first ping."""
+MAX_SCOUTED = 64
+"""Servers kept connected for their round trips alone; those that sessions use come on top."""
 FRAME_BYTES = 16 * 1024 * 1024
 """Steps that leave together share frames of about this size. The replay of one long session alone may take more than a
 frame may hold (wire.messages.MAX_BODY_BYTES)."""
@@ -107,6 +111,9 @@ class Sessions:
         self._width: int | None = None
         """Values in a row of activations, known from the first that is fed."""
         self._ticker: asyncio.Task[None] | None = None
+        self._scouting: dict[str, float] = {}
+        """Servers whose round trip is not known yet, and when we first dialled them."""
+        self._scouted_at = -1e18
 
     def start(self) -> None:
         self._ticker = asyncio.create_task(self._tick_loop(), name="session timers")
@@ -204,10 +211,47 @@ class Sessions:
         )
         return None if chain is None else chain.hops
 
+    # --- distances -------------------------------------------------------------------------------------------
+
+    def scout(self) -> None:
+        """Connect to servers of this model that are new here: a route is as good as the distances it is planned with,
+        and those must be known before the first session takes a far server for a near one."""
+        now = time.monotonic()
+        view = self._directory.view
+        suspects = view.suspects(now)
+        servers = {
+            record.node: record
+            for record in view.live(now)
+            if record.state == "online" and record.span is not None and record.span.model == self._model
+        }
+        for node, record in servers.items():
+            if node not in self._links and node not in suspects and len(self._links) < MAX_SCOUTED:
+                self._link(node, record.addresses)
+                self._scouting.setdefault(node, now)
+        self._scouting = {node: since for node, since in self._scouting.items() if node in servers}
+        self._rtts.reported({node: record.rtts for node, record in servers.items() if record.rtts})
+
+    async def scouted(self) -> None:
+        """Wait until the servers that are known have answered a first ping; for a new one at most SCOUT_S."""
+        self.scout()
+        while any(time.monotonic() - since < SCOUT_S for since in self._unmeasured().values()):
+            await asyncio.sleep(0.005)
+
+    def _unmeasured(self) -> dict[str, float]:
+        """Servers dialled and not pinged yet, and since when."""
+        for node in list(self._scouting):
+            link = self._links.get(node)
+            if link is None or link.rtt_s is not None:
+                del self._scouting[node]
+                if link is not None and link.rtt_s is not None:
+                    self._rtts.measured(self._node, node, link.rtt_s * 1e3)
+        return self._scouting
+
     def view_changed(self) -> None:
         """The registry changed: sessions that wait for servers look again, and none stays with a server that has lost a
         label it needs."""
         now = time.monotonic()
+        self.scout()
         for handle in list(self._handles.values()):
             self._perform(handle, handle.session.on_view_changed(now))
             for hop in handle.session.chain if handle.zones else ():
@@ -368,6 +412,9 @@ class Sessions:
                 if wake is not None and wake <= now:
                     self._perform(handle, handle.session.on_timer(now))
             self.flush()
+            if now - self._scouted_at > SCOUT_S:
+                self._scouted_at = now
+                self.scout()
             for node, link in self._links.items():
                 if link.rtt_s is not None:
                     self._rtts.measured(self._node, node, link.rtt_s * 1e3)
