@@ -50,6 +50,7 @@ def gateway_process(**options: Any) -> None:
     """Answer the API for a swarm (started by `shoal up`)."""
     from shoal.cli import process
 
+    process.block_and_never_spin()
     process.set_up_logging()
     process.run(_main(Options(**options)))
 

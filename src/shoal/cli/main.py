@@ -22,6 +22,7 @@ COMMANDS: dict[str, Entry] = {
     "init": Entry("shoal.cli.init:init", "Make a new swarm: its authorities and its admin's identity."),
     "invite": Entry("shoal.cli.invite:invite", "Print a token with which one machine may join, once."),
     "revoke": Entry("shoal.cli.revoke:revoke", "Throw a node out: its connections are cut within seconds, for good."),
+    "join": Entry("shoal.cli.join:join", "Host blocks of a model for a swarm, until Ctrl-C."),
     "status": Entry("shoal.cli.status:status", "Show who hosts which blocks; exit code 3 when some are missing."),
     "gateway": Entry("shoal.cli.gateway:gateway", "Answer the API for a swarm until Ctrl-C."),
     "generate": Entry("shoal.cli.generate:generate", "Continue a text with the running swarm."),

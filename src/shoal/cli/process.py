@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
 import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
+from shoal.errors import UsageError
+
 _T = TypeVar("_T")
+
+WAIT_QUIETLY = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "GOMP_SPINCOUNT": "0",
+    "KMP_BLOCKTIME": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""What makes the OpenMP libraries block: the standard's own variable, GNU's and Intel's."""
 
 
 def set_up_logging() -> None:
@@ -20,6 +33,33 @@ def set_up_logging() -> None:
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+def block_and_never_spin() -> None:
+    """Let threads that wait for each other sleep: numerical libraries spin by default, which takes the processors from
+    whoever else uses this machine, and makes every step slower when somebody does. Before torch is imported: its
+    libraries look once, when they are loaded."""
+    os.environ.update(WAIT_QUIETLY)
+
+
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Hold the place of the node in `folder`: two processes with one identity would fight over its record. Raises
+    UsageError when another one runs."""
+    lock = folder.with_name(f".{folder.name}.lock")
+    lock.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"The node {folder.name} of this machine runs already.",
+                hint="Stop that process first, or run a second node beside it with another --name.",
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def on_stop(stop: Callable[[], None], *, with_parent: bool = True) -> None:

@@ -35,9 +35,12 @@ def server_process(
     """Host some blocks of a model (started by `shoal up`)."""
     import gc
 
+    from shoal.cli import process
+
+    process.block_and_never_spin()
+
     import torch
 
-    from shoal.cli import process
     from shoal.net.identity import NodeIdentity
     from shoal.net.tls import TlsTransport
     from shoal.server.node import BlockServer, ServerConfig

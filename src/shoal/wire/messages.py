@@ -240,7 +240,7 @@ class Record(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     wire_error: Annotated[float, Meta(ge=0.0, le=1e9)] = 0.0
     """What the wire format cost lately: ||sent - computed|| / ||computed|| of one batch's outputs, 0 when lossless."""
     serves: NameText = ""
-    """The model this server was started for, also while it hosts no blocks; "": whichever the planner assigns."""
+    """The model whose blocks this server chooses itself, also while it hosts none; "": they were given to it."""
     reason: NoteText = ""
     """Why it hosts what it hosts, or nothing, in a sentence for `shoal status --explain`."""
     rtts: Annotated[list[tuple[NodeText, Millis]], Meta(max_length=32)] = []
