@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 
 from shoal.errors import ShoalError
 from shoal.net.directory import LEASE_S, Directory
 from shoal.net.identity import NodeIdentity
 from shoal.net.transport import Conn
-from shoal.wire.messages import Message, Record, Sync
+from shoal.wire.messages import Fault, Message, Record, Renew, Renewed, Sync
 
 
 class Seed:
@@ -23,7 +23,10 @@ class Seed:
         self._identity = identity
         self.on_change: Callable[[], None] = lambda: None
         self._news = asyncio.Event()
-        self._conns: dict[str, Conn] = {}
+        self.renew: Callable[[Conn], Awaitable[list[bytes]]] | None = None
+        """Makes a new certificate (a chain of DER) for the node at the other end; None where no issuer is kept."""
+        self._conns: dict[str, list[Conn]] = {}
+        """A node may have several: gossip over one, a renewal of its certificate over another."""
 
     def _changed(self) -> None:
         self._news.set()
@@ -37,16 +40,29 @@ class Seed:
     async def on_conn(self, conn: Conn) -> None:
         """Handle one accepted connection until it ends."""
         node = conn.peer.node
-        self._conns[node] = conn
         try:
             while True:
                 message, _ = await conn.receive()
                 if isinstance(message, Sync):
+                    if conn not in self._conns.get(node, ()):
+                        self._conns.setdefault(node, []).append(conn)
                     for answer in self.directory.on_sync(message, node):
                         await conn.send(answer)
+                elif isinstance(message, Renew):
+                    await conn.send(await self._renewed(conn))
         finally:
-            if self._conns.get(node) is conn:
-                del self._conns[node]
+            if conn in (conns := self._conns.get(node, [])):
+                conns.remove(conn)
+            if not conns:
+                self._conns.pop(node, None)
+
+    async def _renewed(self, conn: Conn) -> Message:
+        if self.renew is None:
+            return Fault("unavailable", "This node keeps no issuing authority; ask the swarm's admin.")
+        try:
+            return Renewed(await self.renew(conn))
+        except ShoalError as error:
+            return Fault(error.code, str(error)[:1024], error.retry_after_s)
 
     def announce(self, addresses: Sequence[str]) -> None:
         """Publish a record of this node, so that others find it without having been told its address."""
@@ -76,9 +92,9 @@ class Seed:
 
     def send(self, node: str, message: Message) -> None:
         """To a connected node; to one that has left, nothing is sent, and its lease will tell."""
-        if (conn := self._conns.get(node)) is not None:
+        if conns := self._conns.get(node):
             with suppress(ShoalError):
-                conn.send_nowait(message)
+                conns[-1].send_nowait(message)
 
     async def wait_for(self, ready: Callable[[list[Record]], bool]) -> list[Record]:
         """The live records, as soon as they satisfy `ready`."""
