@@ -77,6 +77,11 @@ LAYERS = {
         "it attacks what strangers and members reach; nothing that serves may need it",
         never=("torch", "transformers"),
     ),
+    "doctor": Layer(
+        ("spec", "wire", "net", "compute", "manifest"),
+        "it looks at what the others leave behind, and starts none of them",
+        never=("torch", "transformers"),
+    ),
     "bench": Layer(
         ("spec", "wire", "swarm", "compute", "net", "server", "client", "launch", "hostile"),
         "it measures the parts, not the gateway's accounts or the simulation",
@@ -100,6 +105,7 @@ LAYERS = {
                 "launch",
                 "bench",
                 "hostile",
+                "doctor",
             ),
         ),
     ),

@@ -20,13 +20,15 @@ from shoal.errors import ShoalError
 COMMANDS: dict[str, Entry] = {
     "up": Entry("shoal.cli.up:up", "Run a private swarm on this machine until Ctrl-C."),
     "init": Entry("shoal.cli.init:init", "Make a new swarm: its authorities and its admin's identity."),
-    "admin": Entry("shoal.cli.admin:admin", "Let machines into the swarm, renew their certificates, spread removals."),
     "invite": Entry("shoal.cli.invite:invite", "Print a token with which one machine may join, once."),
     "revoke": Entry("shoal.cli.revoke:revoke", "Throw a node out: its connections are cut within seconds, for good."),
     "join": Entry("shoal.cli.join:join", "Host blocks of a model for a swarm, until Ctrl-C."),
     "status": Entry("shoal.cli.status:status", "Show who hosts which blocks; exit code 3 when some are missing."),
     "gateway": Entry("shoal.cli.gateway:gateway", "Answer the API for a swarm until Ctrl-C."),
     "generate": Entry("shoal.cli.generate:generate", "Continue a text with the running swarm."),
+    "doctor": Entry(
+        "shoal.cli.doctor:doctor", "Look for what keeps shoal from working here; exit code 3 when something does."
+    ),
     "bench": Entry("shoal.cli.bench:bench", "Measure shoal on this machine."),
     "server-process": Entry(
         "shoal.cli.server_process:server_process",

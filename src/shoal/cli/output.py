@@ -55,6 +55,11 @@ def paint(text: str, colour: str) -> str:
     return click.style(text, fg=colour) if _wants_colour(sys.stderr) else text
 
 
+def paint_answer(text: str, colour: str) -> str:
+    """The same for text on stdout."""
+    return click.style(text, fg=colour) if _wants_colour(sys.stdout) else text
+
+
 @contextmanager
 def progress(
     label: str, *, total: float | None = None, unit: str = "", clock: Callable[[], float] = time.monotonic

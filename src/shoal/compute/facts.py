@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from shoal.compute.anatomy import context_length, depth, examine, text_config
+from shoal.compute.fingerprint import model_name
 from shoal.compute.split import build_skeleton, cut_points
 from shoal.compute.weights import read_config
 
@@ -44,7 +43,7 @@ def describe(model_dir: str | Path) -> ModelFacts:
     heads = getattr(text, "num_key_value_heads", None) or query_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // query_heads
     return ModelFacts(
-        name=f"{model_dir.resolve().name.lower()[:200]}@{fingerprint(model_dir)}",
+        name=model_name(model_dir),
         num_blocks=depth(config),
         hidden_size=text.hidden_size,
         context_length=context_length(config),
@@ -52,21 +51,3 @@ def describe(model_dir: str | Path) -> ModelFacts:
         kv_params_per_token=2 * heads * head_dim,
         legal_cuts=tuple(cuts),
     )
-
-
-def fingerprint(model_dir: Path) -> str:
-    """12 hex digits over the configuration and every weight file's header and size.
-
-    Tells other models and other precisions apart without reading gigabytes; it is no proof against a forger, who is
-    kept out by certificates.
-    """
-    digest = hashlib.sha256()
-    config = json.loads((model_dir / "config.json").read_text())
-    config.pop("transformers_version", None)
-    digest.update(json.dumps(config, sort_keys=True).encode())
-    for file in sorted(model_dir.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            digest.update(stream.read(min(size, 64 * 1024 * 1024)))
-        digest.update(str(file.stat().st_size).encode())
-    return digest.hexdigest()[:12]

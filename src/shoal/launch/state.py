@@ -23,10 +23,15 @@ class Running:
     pid: int
 
 
-def state_dir() -> Path:
-    """$XDG_STATE_HOME/shoal, by default ~/.local/state/shoal; made private to the user."""
+def state_path() -> Path:
+    """$XDG_STATE_HOME/shoal, by default ~/.local/state/shoal. It need not exist."""
     base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
-    path = Path(base) / "shoal"
+    return Path(base) / "shoal"
+
+
+def state_dir() -> Path:
+    """`state_path`, made private to the user."""
+    path = state_path()
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
     return path
 
