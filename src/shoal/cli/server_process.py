@@ -41,8 +41,7 @@ def server_process(
 
     import torch
 
-    from shoal.net.home import Home
-    from shoal.net.renewal import renew_in_background
+    from shoal.net.identity import NodeIdentity
     from shoal.net.tls import TlsTransport
     from shoal.server.node import BlockServer, ServerConfig
     from shoal.spec.ids import BlockRange
@@ -50,8 +49,7 @@ def server_process(
 
     process.set_up_logging()
     torch.set_num_threads(1)
-    home = Home(swarm_dir)
-    identity = home.node(node)
+    identity = NodeIdentity.load(swarm_dir / "nodes" / node)
     config = ServerConfig(
         model_dir=model,
         listen="tcp://127.0.0.1:0",
@@ -66,12 +64,9 @@ def server_process(
     )
 
     async def main() -> None:
-        transport = TlsTransport(identity)
-        server = BlockServer(config, identity, transport)
+        server = BlockServer(config, identity, TlsTransport(identity))
         process.on_stop(server.stop)
-        renewing = renew_in_background(home, node, transport, server.directory, seeds)
         await server.run(on_online=announce)
-        renewing.cancel()
 
     def announce(hosted: BlockRange) -> None:
         # Hundreds of thousands of objects of the libraries will live as long as the process: a collection that walks

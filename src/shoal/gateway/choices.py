@@ -195,9 +195,7 @@ class Choices:
 
     async def _next(self, silence_s: float | None) -> Piece | None:
         try:
-            # Not asyncio.wait_for: before Python 3.12 it loses a cancellation that comes together with an item.
-            async with asyncio.timeout(silence_s):
-                arrived = await self._arrived.get()
+            arrived = await asyncio.wait_for(self._arrived.get(), silence_s)
         except TimeoutError:
             raise _Silence from None
         if isinstance(arrived, asyncio.Task):

@@ -24,7 +24,7 @@ from shoal.hostile.worker import Finding, all_targets, target_of
 
 HUNG_S = 30.0
 """A worker that says nothing for so long hangs. Inputs that take more than a second it reports by itself."""
-KEPT_BYTES = 1024
+KEPT_BYTES = 2048
 """Longer inputs are not kept for their outcome alone: a shorter one will show it too."""
 MAX_DEATHS = 20
 MAX_FINDINGS = 50

@@ -140,7 +140,7 @@ _JSON_STRANGERS = tuple(value for value in STRANGERS if value == value and value
 
 
 def make_body(seed: int) -> bytes:
-    """One line with the path, then the body."""
+    """One line with the path and perhaps an idempotency key, then the body."""
     rng = random.Random(seed)
     path = rng.choice(sorted(BODIES))
     value = Maker(rng, wild=0.01, stock=_STOCK, strangers=_JSON_STRANGERS).make(BODIES[path])
@@ -152,7 +152,8 @@ def make_body(seed: int) -> bytes:
         data = damaged(rng, data)
         if rng.random() < 0.1:
             data = data[:20] + rng.choice([b'"', b"\\ud800", b"\\u0000", b"1e999", b"[" * 2000, b"," * 9]) + data[20:]
-    return path.encode() + b"\n" + data
+    again = rng.choice((b"", b"", b" k1", b" k2", b" " + b"x" * 300)) if rng.random() < 0.2 else b""
+    return path.encode() + again + b"\n" + data
 
 
 def _as_text(value: Any) -> str:
@@ -169,8 +170,8 @@ class Rig:
         self.key = self.accounts.create("fuzz")[0]
         self._port = 0
 
-    async def post(self, path: str, body: bytes) -> tuple[int, bytes]:
-        """Status and body of one request that comes in without a socket."""
+    async def post(self, path: str, body: bytes, again: bytes = b"") -> tuple[int, bytes]:
+        """Status and body of one request that comes in without a socket; `again` is its idempotency key."""
         scope = {
             "type": "http",
             "asgi": {"version": "3.0"},
@@ -186,6 +187,7 @@ class Rig:
                 (b"authorization", b"Bearer " + self.key.encode()),
                 (b"content-type", b"application/json"),
                 (b"content-length", str(len(body)).encode()),
+                *([(b"idempotency-key", again)] if again else []),
             ],
             "client": ("127.0.0.1", 5),
             "server": ("127.0.0.1", 8080),
@@ -237,9 +239,10 @@ def _rig() -> Rig:
 
 def run_body(data: bytes) -> str:
     """The application without its sockets. Any status but 200 and 4xx is a finding, and so is an odd error body."""
-    path, _, body = data.partition(b"\n")
+    line, _, body = data.partition(b"\n")
+    path, _, again = line.partition(b" ")
     rig = _rig()
-    status, text = rig.runner.run(rig.post(path.decode("latin-1"), body))
+    status, text = rig.runner.run(rig.post(path.decode("latin-1"), body, again))
     return _judged(status, text)
 
 

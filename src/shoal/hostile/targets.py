@@ -8,24 +8,29 @@ expect. Bytes are made from a seed alone, so a finding can be made again, and ke
 from __future__ import annotations
 
 import asyncio
+import datetime
 import random
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any
 
 import msgspec
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 
-from shoal.errors import NotFinite, ProtocolError, Refused, ShoalError
+from shoal.errors import NotFinite, ProtocolError, Refused, ShoalError, UsageError
 from shoal.hostile.structures import MODELS, NODES, SESSIONS, SWARM, Maker, damaged
 from shoal.net.connection import Conn, ConnSettings
-from shoal.net.identity import Peer
+from shoal.net.identity import Peer, Trust
 from shoal.spec.ids import BlockRange, NodeId
 from shoal.swarm import session as driving
 from shoal.swarm.routing import Hop
 from shoal.swarm.serving import Serving, ServingConfig
 from shoal.swarm.view import View
-from shoal.wire import codec, rows, tensors
+from shoal.wire import codec, enrolment, rows, tensors
 from shoal.wire import messages as msg
 from shoal.wire.frames import Frame, FrameReader, FrameWriter, Lane, Limits
 
@@ -188,7 +193,7 @@ def make_greeted(seed: int) -> bytes:
     allowed = codec.MAY_SEND[_ROLES[role]] - {msg.Hello, msg.Fault}
     kinds = tuple(kind for kind in _ALL_KINDS if codec.KINDS[kind] in allowed)
     wild = 0.02 if rng.random() < 0.3 else 0.0
-    rest = stream_of(rng, kinds if rng.random() < 0.9 else _ALL_KINDS, rng.randint(1, 4), wild=wild)
+    rest = stream_of(rng, kinds if rng.random() < 0.9 else _ALL_KINDS, rng.randint(1, 3), wild=wild)
     # The numbers of messages go on from the greeting's, which was number 0 on the control stream.
     return bytes([role]) + (damaged(rng, greeting + rest) if rng.random() < 0.3 else greeting + _renumbered(rest))
 
@@ -366,49 +371,169 @@ def run_driver(data: bytes) -> str:
 
 # --- the registry --------------------------------------------------------------------------------------------
 
-_SYNC = tuple(kind for kind, cls in codec.KINDS.items() if cls is msg.Sync)
+_SYNC = next(kind for kind, cls in codec.KINDS.items() if cls is msg.Sync)
 
 
-class _Credulous:
-    """Keys to which every signature is right, so that what is behind the check is reached too."""
+@dataclass(frozen=True, slots=True)
+class _Writer:
+    node: str
+    role: str
+    labels: tuple[str, ...] = ()
 
-    chain = (b"certificate",)
+
+class _Keys:
+    """Signatures that cost nothing: a chain of one "certificate" that says ROLE NODE LABELS, and the signature "ok"."""
+
+    chain = (b"server " + NODES[0].encode(),)
 
     def sign(self, payload: bytes) -> bytes:
-        return b"signature"
+        return b"ok"
 
-    def writer(self, payload: bytes, signature: bytes, chain: Sequence[bytes]) -> Peer | None:
-        try:
-            record = msgspec.msgpack.decode(payload, type=msg.Record)
-        except msgspec.DecodeError:
-            return Peer(NodeId(NODES[2]), "admin", SWARM)
-        return Peer(NodeId(record.node), record.role, SWARM, tuple(record.labels))
+    def writer(self, payload: bytes, signature: bytes, chain: Sequence[bytes]) -> _Writer | None:
+        role, node, labels, *_ = [*b"".join(chain[:1]).decode("latin-1").split(" "), "", ""]
+        return _Writer(node, role, tuple(labels.split(","))) if signature == b"ok" else None
+
+
+_LABELS = msg.Record.__struct_fields__.index("labels")
 
 
 def make_gossip(seed: int) -> bytes:
     rng = random.Random(seed)
-    return stream_of(rng, _SYNC, rng.randint(1, 5), wild=0.0)
+    writer = FrameWriter()
+    for _ in range(rng.randint(1, 3)):
+        fields = Maker(rng, wild=0.0).make(msg.Sync)
+        fields[2] = [_signed(rng, msg.Record) for _ in range(rng.choice((0, 1, 1, 2)))]
+        fields[4] = _signed(rng, msg.Revocations) if rng.random() < 0.2 else None
+        meta = msgspec.msgpack.encode(fields)
+        if len(meta) <= msg.MAX_META_BYTES:
+            writer.push(_SYNC, meta, lane=Lane.JOURNAL)
+    return b"".join(b"".join(buffers) for buffers in iter(writer.next_frame, None))
+
+
+def _signed(rng: random.Random, kind: type) -> list[Any]:
+    """A Signed around a record or a list of revocations, most of them by the one who may write it."""
+    inner = Maker(rng, wild=0.02 if rng.random() < 0.1 else 0.0).make(kind)
+    payload = msgspec.msgpack.encode(inner)
+    if rng.random() < 0.1:
+        payload = damaged(rng, payload)
+    node, role, labels = rng.choice(NODES), "admin", ""
+    if kind is msg.Record and isinstance(inner, list) and len(inner) > 4 and rng.random() < 0.9:
+        node, role = str(inner[0]), str(inner[4])
+        claimed = inner[_LABELS] if len(inner) > _LABELS else []
+        labels = ",".join(map(str, claimed)) if isinstance(claimed, list) else ""
+    signature = b"ok" if rng.random() < 0.9 else rng.randbytes(8)
+    chain = [f"{role} {node} {labels}".encode("latin-1", "replace")] if rng.random() < 0.9 else []
+    return [payload[:4096] or b"\0", signature, chain, rng.choice((0, 0, 1500, 2**53))]
 
 
 def run_registry(data: bytes) -> str:
-    """What a node believes about the others, with a bound on what it remembers."""
-    view = View(NODES[0], _Credulous(), max_nodes=64)
+    """What a node believes about the others, with a bound on what it remembers and on what it answers."""
+    view = View(NODES[0], _Keys(), max_nodes=64)
     answers = 0
     for number, frame in enumerate(_frames(data)):
         if isinstance(frame.message, msg.Sync):
-            for answer in view.on_sync(frame.message, NODES[1], float(number)):
+            replies = view.on_sync(frame.message, NODES[1], float(number))
+            if len(replies) > 4:
+                raise AssertionError(f"{len(replies)} answers to one message")
+            for answer in replies:
                 codec.encode(answer)
-                answers += 1
+            answers += len(replies)
     if len(view) > 64:
         raise AssertionError(f"{len(view)} nodes are remembered; 64 is the bound")
-    refused = ", ".join(sorted(view.refused))
-    return f"{min(answers, 3)} answers, {min(len(view), 3)} nodes, {len(view.revoked)} revoked, refused: {refused}"
+    revoked = "revoked, " if view.revoked else ""
+    return f"{min(answers, 2)} answers, {min(len(view), 3)} nodes, {revoked}{' '.join(sorted(view.refused))}"
+
+
+# --- certificates that come as bytes -------------------------------------------------------------------------
+
+_THEN = datetime.datetime(2026, 12, 1, tzinfo=datetime.UTC)
+"""A moment at which the certificates of chain.pem are valid."""
+
+
+@cache
+def _certificates() -> tuple[Trust, tuple[bytes, ...]]:
+    """The root of a swarm that never was, and the chain of one of its nodes; their keys were thrown away."""
+    pem = (Path(__file__).with_name("chain.pem")).read_bytes()
+    *chain, root = x509.load_pem_x509_certificates(pem)
+    der = tuple(each.public_bytes(serialization.Encoding.DER) for each in chain)
+    return Trust(root.public_bytes(serialization.Encoding.PEM)), der
+
+
+def make_chain(seed: int) -> bytes:
+    """A chain of certificates, some damaged, missing or twice, and a signature."""
+    rng = random.Random(seed)
+    parts = list(_certificates()[1])
+    for _ in range(rng.randint(0, 2)):
+        place = rng.randrange(len(parts)) if parts else 0
+        match rng.randrange(5) if parts else 4:
+            case 0 | 1 | 2:
+                parts[place] = damaged(rng, parts[place][rng.choice((0, 0, 100, 300)) :])
+            case 3:
+                del parts[place]
+            case _:
+                parts.insert(place, rng.randbytes(rng.choice((0, 1, 40, 5000))))
+    return msgspec.msgpack.encode([parts, rng.randbytes(rng.choice((0, 8, 71)))])
+
+
+def run_chain(data: bytes) -> str:
+    """Who a chain of certificates is, and whether a signature is theirs."""
+    try:
+        parts, signature = msgspec.msgpack.decode(data, type=tuple[list[bytes], bytes])
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return "no chain"
+    try:
+        credential = _certificates()[0].credential(parts, _THEN)
+    except Refused as error:
+        return _outcome(error)[:60]
+    if tuple(parts) != _certificates()[1]:
+        # Bytes that no signature covers may differ, if the certificate is still the one that was signed.
+        same = x509.load_der_x509_certificate(parts[0]).tbs_certificate_bytes
+        if same != x509.load_der_x509_certificate(_certificates()[1][0]).tbs_certificate_bytes:
+            raise AssertionError(f"accepted as {credential.peer.uri}")
+    return f"accepted, signature {credential.verify(b'payload', signature)}"
+
+
+# --- strangers who want to become members --------------------------------------------------------------------
+
+
+def make_enrolment(seed: int) -> bytes:
+    """A question, an answer or a token; the first byte says which."""
+    rng = random.Random(seed)
+    which = rng.randrange(3)
+    kinds: tuple[type, ...] = (enrolment.Enrol, enrolment.AskRoot)
+    if which == 1:
+        kinds = (enrolment.Root, enrolment.Enrolled, enrolment.Rejected)
+    if which == 2:
+        secret, root = rng.randbytes(enrolment.SECRET_BYTES), rng.randbytes(32)
+        token = str(enrolment.Token(f"tcp://h:{rng.randint(0, 99_999)}", root, secret))
+        return b"\2" + (damaged(rng, token.encode()) if rng.random() < 0.8 else token.encode())
+    data = msgspec.msgpack.encode(Maker(rng, wild=0.1).make(rng.choice(kinds)))
+    if rng.random() < 0.5:
+        data = damaged(rng, data)
+    return bytes([which]) + (struct.pack("<I", len(data)) if rng.random() < 0.9 else rng.randbytes(4)) + data
+
+
+def run_enrolment(data: bytes) -> str:
+    """The conversation in which a machine is admitted, on both sides, and the token that begins it."""
+    which, rest = data[:1], data[1:]
+    try:
+        if which == b"\2":
+            return f"token {enrolment.Token.parse(rest.decode('latin-1')).address[:4]}"
+        if len(rest) < enrolment.LENGTH_BYTES:
+            return "short"
+        size = enrolment.length(rest[: enrolment.LENGTH_BYTES])
+        body = rest[enrolment.LENGTH_BYTES :][:size]
+        return type(enrolment.question(body) if which == b"\0" else enrolment.answer(body)).__name__
+    except (ProtocolError, UsageError) as error:
+        return _outcome(error)[:60]
 
 
 NETWORK: tuple[Target, ...] = (
-    Target("frames", 50, make_frames, run_frames),
+    Target("frames", 47, make_frames, run_frames),
     Target("connection", 12, make_greeted, run_connection),
-    Target("serving", 9, make_orders, run_serving),
-    Target("driver", 9, make_answers, run_driver),
-    Target("registry", 8, make_gossip, run_registry),
+    Target("serving", 8, make_orders, run_serving),
+    Target("driver", 8, make_answers, run_driver),
+    Target("registry", 5, make_gossip, run_registry),
+    Target("certificates", 4, make_chain, run_chain),
+    Target("enrolment", 4, make_enrolment, run_enrolment),
 )
