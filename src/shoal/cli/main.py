@@ -25,6 +25,7 @@ COMMANDS: dict[str, Entry] = {
     "join": Entry("shoal.cli.join:join", "Host blocks of a model for a swarm, until Ctrl-C."),
     "status": Entry("shoal.cli.status:status", "Show who hosts which blocks; exit code 3 when some are missing."),
     "gateway": Entry("shoal.cli.gateway:gateway", "Answer the API for a swarm until Ctrl-C."),
+    "keys": Entry("shoal.cli.keys:keys", "API keys of this machine's gateway."),
     "generate": Entry("shoal.cli.generate:generate", "Continue a text with the running swarm."),
     "doctor": Entry(
         "shoal.cli.doctor:doctor", "Look for what keeps shoal from working here; exit code 3 when something does."

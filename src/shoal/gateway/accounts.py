@@ -178,7 +178,10 @@ class Accounts:
         Raises UsageError for a name or a limit that cannot be.
         """
         if not 1 <= len(name) <= MAX_NAME_CHARS or not name.isprintable():
-            raise UsageError(f"A key's name has 1 to {MAX_NAME_CHARS} printable characters.")
+            raise UsageError(
+                f"A key's name has 1 to {MAX_NAME_CHARS} printable characters.",
+                hint="Choose one that says whose it is.",
+            )
         for limit, most, what in (
             (requests_per_minute, MAX_REQUESTS_PER_MINUTE, "requests per minute"),
             (tokens_per_day, MAX_TOKENS_PER_DAY, "tokens per day"),
