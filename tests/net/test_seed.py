@@ -6,6 +6,7 @@ import asyncio
 
 from support.networks import OverTls, identity, run
 
+from shoal.net.directory import Directory
 from shoal.net.seed import Seed
 from shoal.wire.messages import Assign, Span
 
@@ -18,6 +19,9 @@ def test_a_command_that_looks_in_beside_a_server_of_its_machine_leaves_that_serv
         listener = await network.transport(admin).listen("tcp://127.0.0.1:0", seed.on_conn)
         first = await network.transport(server).dial([listener.address])
         second = await network.transport(server).dial([listener.address])
+        for conn in (first, second):
+            await conn.send(Directory(server).view.sync(0.0))
+            await conn.receive()
         await second.close()
         order = Assign(Span("demo", 0, 4), "the seed says so")
 

@@ -17,7 +17,7 @@ import openai
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from shoal.gateway.accounts import Accounts
+from shoal.gateway.accounts import Account, Accounts, Usage
 from shoal.gateway.app import create_app
 from shoal.gateway.audit import Audit
 from shoal.gateway.limits import Limits
@@ -286,6 +286,25 @@ class Gateway:
         self._thread.join(PATIENCE_S)
         assert not self._thread.is_alive()
 
+    def new_key(self, name: str = "limited", **limits: Any) -> tuple[str, Account]:
+        """Another key, made as `shoal keys create` makes one beside a running gateway."""
+        beside = self.accounts()
+        try:
+            return beside.create(name, **limits)
+        finally:
+            beside.close()
+
+    def used(self, account: Account) -> Usage:
+        """What the key file says, read as another process would."""
+        beside = self.accounts()
+        try:
+            return beside.used(account.id)
+        finally:
+            beside.close()
+
+    def accounts(self) -> Accounts:
+        return Accounts(self._folder / "keys.sqlite")
+
     def client(self, key: str | None = None, *, max_retries: int = 0) -> openai.OpenAI:
         return openai.OpenAI(
             base_url=f"{self.listening.url}/v1",
@@ -294,9 +313,9 @@ class Gateway:
             timeout=PATIENCE_S,
         )
 
-    def async_client(self) -> openai.AsyncOpenAI:
+    def async_client(self, key: str | None = None) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(
-            base_url=f"{self.listening.url}/v1", api_key=self.key, max_retries=0, timeout=PATIENCE_S
+            base_url=f"{self.listening.url}/v1", api_key=key or self.key, max_retries=0, timeout=PATIENCE_S
         )
 
     def http(self, *, key: str | None = None) -> httpx.Client:

@@ -2,26 +2,53 @@
 
 from __future__ import annotations
 
+import datetime
 import time
 from contextlib import closing
 
 from shoal.admin.store import AdminStore
+from shoal.errors import UsageError
 from shoal.net.home import Home
-from shoal.net.identity import NodeIdentity, Role, issue_node
+from shoal.net.identity import (
+    NODE_LIFETIME,
+    Authority,
+    NodeIdentity,
+    Role,
+    certify,
+    ders_of,
+    issue_node,
+    key_of_certificate,
+)
 from shoal.net.renewal import renewal_due
 
 
 def own_node(home: Home, name: str, role: Role) -> NodeIdentity:
-    """The node `name` of the admin's own machine: the one that is there, if its certificate is good for a while and it
-    was not removed, else a new one. Raises UsageError when this is not the admin's machine."""
+    """The node `name` of the admin's own machine: the one that is there, with a new certificate if that is due, or a
+    new one if there is none or it was removed. Raises UsageError when this is not the admin's machine."""
     issuer, now = home.issuer(), time.time()
     with closing(AdminStore(home.admin_db)) as store:
+        identity: NodeIdentity | None = None
         if home.has_node(name):
             identity = home.node(name)
-            fits = (identity.peer.role, identity.peer.swarm) == (role, issuer.swarm)
-            if fits and now < renewal_due(identity) and not store.is_revoked(identity.peer.node):
+            if (identity.peer.role, identity.peer.swarm) != (role, issuer.swarm):
+                raise UsageError(
+                    f"{home.node_dir(name)} is another node ({identity.peer}).",
+                    hint="Choose another name, or another directory with --swarm-dir.",
+                )
+            if store.is_revoked(identity.peer.node):
+                identity = None
+            elif now < renewal_due(identity):
                 return identity
-        identity = issue_node(issuer, role)
+        identity = issue_node(issuer, role) if identity is None else reissued(issuer, identity)
         store.certified(identity.peer, identity.valid_until.timestamp(), now=now)
     home.save_node(name, identity)
     return identity
+
+
+def reissued(
+    issuer: Authority, identity: NodeIdentity, *, lifetime: datetime.timedelta = NODE_LIFETIME
+) -> NodeIdentity:
+    """`identity` with a new certificate for the same key, role and labels."""
+    peer = identity.peer
+    key = key_of_certificate(identity.chain_der[0])
+    return identity.renewed(ders_of(certify(issuer, peer.role, key, labels=peer.labels, lifetime=lifetime)))

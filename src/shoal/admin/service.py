@@ -11,18 +11,23 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import fcntl
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
+import msgspec
 from cryptography import x509
 
 from shoal.admin.joining import JoinListener
 from shoal.admin.limits import Attempts
+from shoal.admin.own import reissued
 from shoal.admin.store import AdminStore
-from shoal.errors import Full, Refused, ShoalError
+from shoal.errors import Full, Refused, ShoalError, UsageError
 from shoal.net.home import Home, SwarmFile
 from shoal.net.identity import (
     NODE_LIFETIME,
@@ -37,6 +42,7 @@ from shoal.net.identity import (
 from shoal.net.renewal import renewal_due
 from shoal.net.transport import Address, Conn
 from shoal.wire.enrolment import Answer, AskRoot, Enrol, Enrolled, Question, Rejected, Root
+from shoal.wire.messages import Revocations, Signed
 
 LOOK_EVERY_S = 1.0
 ISSUER_EVERY_S = 60.0
@@ -45,6 +51,17 @@ _TOO_OFTEN = "Too many tokens from this address were refused lately: wait a minu
 _NOT_NOW = "The admin cannot admit anybody now; its own log says why."
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
+
+
+class AlreadyAdmin(UsageError):
+    """Another process is this swarm's admin now."""
+
+    @classmethod
+    def of(cls, home: Home) -> AlreadyAdmin:
+        return cls(
+            f"Another process takes the joins of the swarm in {home.path} already.",
+            hint="One `shoal admin`, or one gateway on the admin's machine, is enough.",
+        )
 
 
 class AdminService:
@@ -57,7 +74,7 @@ class AdminService:
         listen: Address,
         advertise: str | None = None,
         seeds: Sequence[str] = (),
-        on_revoked: Callable[[int, tuple[str, ...]], None] = lambda version, nodes: None,
+        on_revoked: Callable[[Signed], object] = lambda signed: None,
         on_renewed: Callable[[NodeIdentity], None] = lambda admin: None,
         lifetime: datetime.timedelta = NODE_LIFETIME,
         failures: Attempts | None = None,
@@ -65,7 +82,7 @@ class AdminService:
         clock: Callable[[], float] = time.time,
     ) -> None:
         """`advertise`: the host under which others reach this machine (default: the one listened on). `seeds`: what new
-        members are told. on_revoked(version, nodes) hears every list of removed nodes, the first one at the start;
+        members are told. on_revoked(signed) gets every list of removed nodes to spread, the first one at the start;
         on_renewed(identity) that the admin's own certificate is a new one."""
         self.home = home
         self._listen = listen
@@ -87,6 +104,7 @@ class AdminService:
         self._records = ThreadPoolExecutor(1, thread_name_prefix="admin records")
         self._revoked_version = 0
         self._issuer_looked_at = 0.0
+        self._lock: int | None = None
         self._listener: JoinListener | None = None
         self._looking: asyncio.Task[None] | None = None
 
@@ -104,6 +122,15 @@ class AdminService:
         return self._admin
 
     async def __aenter__(self) -> AdminService:
+        self._lock = _locked(self.home.path / "admin.lock")
+        try:
+            return await self._start()
+        except BaseException:
+            await self.__aexit__()
+            raise
+
+    async def _start(self) -> AdminService:
+        await self._record(lambda: self._store.retell(now=self._clock()))
         await self._look()
         self._listener = await JoinListener.start(
             self._listen, lambda: self._context, self._answer, connections=self._connections
@@ -120,6 +147,8 @@ class AdminService:
             await self._listener.close()
         self._records.shutdown()
         self._store.close()
+        if self._lock is not None:
+            os.close(self._lock)
 
     # Joins
 
@@ -180,11 +209,9 @@ class AdminService:
 
     async def renew_own(self, identity: NodeIdentity) -> NodeIdentity:
         """`identity` with a new certificate: for a node that runs in the same process as the issuing authority."""
-        peer = identity.peer
-        key = key_of_certificate(identity.chain_der[0])
-        cert_pem = certify(self._issuer, peer.role, key, labels=peer.labels, lifetime=self._lifetime)
-        await self._remember(cert_pem)
-        return identity.renewed(ders_of(cert_pem))
+        identity = reissued(self._issuer, identity, lifetime=self._lifetime)
+        await self._remember(identity.cert_pem)
+        return identity
 
     # The look at the records, once a second
 
@@ -208,10 +235,15 @@ class AdminService:
             self._context = self._admin.enrolment_context()
             self.home.save_node("admin", self._admin)
             self._on_renewed(self._admin)
+            await self._record(lambda: self._store.retell(now=now))
         version, nodes = await self._record(self._store.revocations)
         if version > self._revoked_version:
             self._revoked_version = version
-            self._on_revoked(version, nodes)
+            self._on_revoked(self._signed(Revocations(version, list(nodes))))
+
+    def _signed(self, revocations: Revocations) -> Signed:
+        payload = msgspec.msgpack.encode(revocations)
+        return Signed(payload, self._admin.sign(payload), list(self._admin.chain_der))
 
     async def _remember(self, cert_pem: bytes) -> Peer:
         """Note an issued certificate; whom it is of."""
@@ -221,3 +253,17 @@ class AdminService:
 
     async def _record(self, work: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._records, work)
+
+
+def _locked(path: Path) -> int:
+    """A descriptor that holds the lock on `path` until it is closed, also by the end of the process. Raises
+    AlreadyAdmin when another process has it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if not isinstance(error, BlockingIOError):
+            raise
+        raise AlreadyAdmin.of(Home(path.parent)) from None
+    return descriptor

@@ -19,8 +19,7 @@ from typing import Any, cast
 from shoal.errors import DiskFull, Full, ShoalError, UsageError
 from shoal.manifest.files import make_private
 from shoal.net.identity import Peer, Role
-
-MAX_REVOKED = 1000
+from shoal.wire.messages import MAX_REVOKED
 
 _BUSY_TIMEOUT_S = 5.0
 _FULL = "database or disk is full"
@@ -54,6 +53,11 @@ CREATE TABLE IF NOT EXISTS version (
     one     INTEGER PRIMARY KEY CHECK (one = 1),
     version INTEGER NOT NULL        -- of the list of revocations; grows with every change
 ) STRICT;
+"""
+
+# The time and not a count: a list that was begun anew after the loss of this file is still the newer one.
+_RAISE_VERSION = """
+INSERT INTO version VALUES (1, ?) ON CONFLICT (one) DO UPDATE SET version = MAX(version + 1, excluded.version)
 """
 
 
@@ -163,12 +167,7 @@ class AdminStore:
                         hint="A node leaves it when its certificate ends; with so many, make a new swarm.",
                     )
                 self._db.execute("INSERT INTO revocations VALUES (?, ?, ?, ?)", (node, now, reason, not_after))
-                # The time, not a count: a list that was begun anew after the loss of this file is still the newer one.
-                self._db.execute(
-                    "INSERT INTO version VALUES (1, ?) "
-                    "ON CONFLICT (one) DO UPDATE SET version = MAX(version + 1, excluded.version)",
-                    (int(now * 1000),),
-                )
+                self._db.execute(_RAISE_VERSION, (int(now * 1000),))
             self._db.execute("COMMIT")
         except sqlite3.DatabaseError as error:
             raise _failure(error, None) from error
@@ -186,6 +185,11 @@ class AdminStore:
             (),
         )
         return (int(rows[0][0]) if rows else 0, tuple(node for _, node in rows if node is not None))
+
+    def retell(self, *, now: float) -> None:
+        """Raise the list's version, so that it spreads once more under the admin's newest certificate: nobody takes a
+        list from others when the certificate it was signed with has ended."""
+        self._write("UPDATE version SET version = MAX(version + 1, ?)", (int(now * 1000),))
 
     def is_revoked(self, node: str) -> bool:
         return bool(self._write("SELECT 1 FROM revocations WHERE node = ?", (node,)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,14 +57,16 @@ def gateway_process(**options: Any) -> None:
 
 
 async def _main(options: Options) -> None:
+    from shoal.admin.attach import in_good_standing
     from shoal.cli import process
-    from shoal.net.identity import NodeIdentity
+    from shoal.net.home import Home
     from shoal.net.seed import Seed
     from shoal.net.tls import TlsTransport
 
     stop = asyncio.Event()
     process.on_stop(stop.set)
-    identity = NodeIdentity.load(options.swarm_dir / "nodes" / "gateway")
+    home = Home(options.swarm_dir)
+    identity = home.node("gateway")
     transport = TlsTransport(identity)
     seed = Seed(identity)
     # Listen before torch is imported, so that the servers start beside us and not after us.
@@ -71,15 +74,15 @@ async def _main(options: Options) -> None:
     output.answer_json({"swarm": listener.address})
     seed.announce([listener.address])
     gossip = asyncio.create_task(seed.directory.rounds(transport), name="gossip")
-    serving = asyncio.create_task(_serve(options, seed, transport, identity.peer.node))
-    stopped = asyncio.create_task(stop.wait())
-    await asyncio.wait([serving, stopped, gossip], return_when=asyncio.FIRST_COMPLETED)
-    stopped.cancel()
-    serving.cancel()  # stopped: it leaves its own way (streams end, sessions close); ended by itself: no effect
     try:
-        await serving
-    except asyncio.CancelledError:
-        pass
+        async with in_good_standing(home, "gateway", seed, transport, address=listener.address):
+            serving = asyncio.create_task(_serve(options, seed, transport, identity.peer.node))
+            stopped = asyncio.create_task(stop.wait())
+            await asyncio.wait([serving, stopped, gossip], return_when=asyncio.FIRST_COMPLETED)
+            stopped.cancel()
+            serving.cancel()  # stopped: it leaves its own way (streams end, sessions close); ended: no effect
+            with suppress(asyncio.CancelledError):
+                await serving
     finally:
         gossip.cancel()
         await asyncio.wait([gossip])

@@ -99,6 +99,7 @@ async def _serve(home: Any, name: str, identity: NodeIdentity, config: ServerCon
 
     from shoal.cli import process
     from shoal.net.home import Home
+    from shoal.net.renewal import renew_in_background
     from shoal.net.tls import TlsTransport
     from shoal.server.joining import reachable
     from shoal.server.node import BlockServer
@@ -129,7 +130,9 @@ async def _serve(home: Any, name: str, identity: NodeIdentity, config: ServerCon
             output.answer(f"serving blocks {hosted} of {model_of(record)} as {identity.peer.node[:8]}: {record.reason}")
 
     process.on_stop(server.stop, with_parent=False)
+    renewing = renew_in_background(home, name, transport, server.directory, seeds)
     await server.run(on_online=announce)
+    renewing.cancel()
 
 
 def model_of(record: Any) -> str:

@@ -20,6 +20,7 @@ from shoal.errors import ShoalError
 COMMANDS: dict[str, Entry] = {
     "up": Entry("shoal.cli.up:up", "Run a private swarm on this machine until Ctrl-C."),
     "init": Entry("shoal.cli.init:init", "Make a new swarm: its authorities and its admin's identity."),
+    "admin": Entry("shoal.cli.admin:admin", "Let machines into the swarm, renew their certificates, spread removals."),
     "invite": Entry("shoal.cli.invite:invite", "Print a token with which one machine may join, once."),
     "revoke": Entry("shoal.cli.revoke:revoke", "Throw a node out: its connections are cut within seconds, for good."),
     "join": Entry("shoal.cli.join:join", "Host blocks of a model for a swarm, until Ctrl-C."),

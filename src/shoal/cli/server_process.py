@@ -41,7 +41,8 @@ def server_process(
 
     import torch
 
-    from shoal.net.identity import NodeIdentity
+    from shoal.net.home import Home
+    from shoal.net.renewal import renew_in_background
     from shoal.net.tls import TlsTransport
     from shoal.server.node import BlockServer, ServerConfig
     from shoal.spec.ids import BlockRange
@@ -49,7 +50,8 @@ def server_process(
 
     process.set_up_logging()
     torch.set_num_threads(1)
-    identity = NodeIdentity.load(swarm_dir / "nodes" / node)
+    home = Home(swarm_dir)
+    identity = home.node(node)
     config = ServerConfig(
         model_dir=model,
         listen="tcp://127.0.0.1:0",
@@ -64,9 +66,12 @@ def server_process(
     )
 
     async def main() -> None:
-        server = BlockServer(config, identity, TlsTransport(identity))
+        transport = TlsTransport(identity)
+        server = BlockServer(config, identity, transport)
         process.on_stop(server.stop)
+        renewing = renew_in_background(home, node, transport, server.directory, seeds)
         await server.run(on_online=announce)
+        renewing.cancel()
 
     def announce(hosted: BlockRange) -> None:
         # Hundreds of thousands of objects of the libraries will live as long as the process: a collection that walks

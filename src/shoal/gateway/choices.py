@@ -195,7 +195,9 @@ class Choices:
 
     async def _next(self, silence_s: float | None) -> Piece | None:
         try:
-            arrived = await asyncio.wait_for(self._arrived.get(), silence_s)
+            # Not asyncio.wait_for: before Python 3.12 it loses a cancellation that comes together with an item.
+            async with asyncio.timeout(silence_s):
+                arrived = await self._arrived.get()
         except TimeoutError:
             raise _Silence from None
         if isinstance(arrived, asyncio.Task):

@@ -173,7 +173,7 @@ class _Recording:
         try:
             await endpoint(scope, receive, send, account)
             status = self.parts[0]["status"] if self.parts and not self.first else 0
-            complete = bool(self.parts) and not self.parts[-1].get("more_body", False)
+            complete = bool(self.parts) and _is_last(self.parts[-1])
             self.whole = 200 <= status < 300 and complete and not scope["state"].get("failed")
         except BaseException as error:  # noqa: BLE001 - not handled here: every reader raises it
             self.failure = error
@@ -221,7 +221,8 @@ class _Reader:
         recording = self._recording
         while True:
             at = self.position - recording.first
-            if at < len(recording.parts):
+            # The last part waits for the end: a client that has it may send its next request before we know the end.
+            if at < len(recording.parts) and (recording.ended or not _is_last(recording.parts[at])):
                 self.position += 1  # before it is sent: a part that was cut off must not be sent twice
                 await self._send(recording.parts[at])
                 recording.drop_what_is_read()
@@ -233,6 +234,10 @@ class _Reader:
             if isinstance(recording.failure, Exception):
                 raise recording.failure
             raise Interrupted(type(recording.failure).__name__)
+
+
+def _is_last(message: Message) -> bool:
+    return message["type"] == "http.response.body" and not message.get("more_body", False)
 
 
 def _marked(send: Send) -> Send:

@@ -216,10 +216,10 @@ class Bill:
             elif not message.get("more_body"):
                 self.settle()
                 waiting: list[asyncio.Future[None]] = []
-                if not self._meter.cut:
+                if not self._meter.cut:  # whoever is cut off frees his places on the servers first
                     waiting.append(asyncio.ensure_future(self._trail.end(self._meter)))
-                if self._written is not None:
-                    waiting.append(asyncio.shield(self._written))  # others wait for the same write
+                    if self._written is not None:
+                        waiting.append(asyncio.shield(self._written))  # others wait for the same write
                 await asyncio.gather(*waiting)
             await send(message)
 

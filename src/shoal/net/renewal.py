@@ -8,8 +8,13 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
-from shoal.errors import Refused, ShoalError
+from shoal.errors import PeerLost, Refused, ShoalError
+from shoal.net.directory import Directory
+from shoal.net.home import Home
 from shoal.net.identity import CLOCK_SKEW, NodeIdentity
+from shoal.net.tls import TlsTransport
+from shoal.net.transport import Transport
+from shoal.wire.messages import Fault, Record, Renew, Renewed
 
 DUE_AT_SHARE = 2 / 3
 """Of the lifetime; one third is left for admins that are away."""
@@ -19,8 +24,12 @@ _RETRY_LONGEST_S = 600.0
 _RETRY_SHORTEST_S = 0.5
 _log = logging.getLogger(__name__)
 
-Ask = Callable[[], Awaitable[Sequence[bytes]]]
-"""Fetches a new chain (DER) for this node. Raises ShoalError."""
+_ASK_TIMEOUT_S = 10.0
+
+_MAX_ASKED = 16
+
+Ask = Callable[[NodeIdentity], Awaitable[NodeIdentity]]
+"""The same node with a new certificate. Raises ShoalError."""
 
 
 def renewal_due(identity: NodeIdentity) -> float:
@@ -45,8 +54,8 @@ async def keep_renewed(
     clock: Callable[[], float] = time.time,
     rng: random.Random | None = None,
 ) -> None:
-    """Renew the certificate of `identity` for ever; every new one goes to on_renewed (which saves it, and gives it to
-    the transport). Raises Refused when the certificate has ended and nobody renewed it."""
+    """Renew the certificate of `identity` for ever; every new one goes to on_renewed (see
+    `taking_effect`). Raises Refused when the certificate has ended and nobody renewed it."""
     rng = rng or random.Random()
     failures = 0
     while True:
@@ -58,7 +67,8 @@ async def keep_renewed(
                 hint="Is `shoal admin` running and reachable? This machine has to join again with a new token.",
             )
         try:
-            identity = identity.renewed(await ask())
+            identity = await ask(identity)
+            on_renewed(identity)
         except ShoalError as error:
             # A refusal too: whoever answers at the admin's address may be an impostor. A node that was really removed
             # is cut off by everybody else.
@@ -66,5 +76,84 @@ async def keep_renewed(
             _log.warning("the certificate could not be renewed, which will be tried again: %s", error)
         else:
             failures = 0
-            on_renewed(identity)
             _log.info("the certificate was renewed; it is good until %s UTC", f"{identity.valid_until:%Y-%m-%d %H:%M}")
+
+
+def ask_over(transport: Transport, addresses: Callable[[], Sequence[str]]) -> Ask:
+    """Asks the nodes at `addresses`, in order, over connections of its own, until one renews. The rest of the swarm
+    need not know which of them keeps the issuing authority."""
+
+    async def ask(identity: NodeIdentity) -> NodeIdentity:
+        failures: list[str] = []
+        for address in addresses()[:_MAX_ASKED]:
+            try:
+                # Checked here, so that a node that answers with nonsense keeps nobody from asking the next one.
+                return identity.renewed(await _ask_at(transport, address))
+            except ShoalError as error:
+                failures.append(f"{address}: {error}")
+        raise PeerLost(f"Nobody renewed the certificate ({'; '.join(failures) or 'no address is known'}).")
+
+    return ask
+
+
+async def _ask_at(transport: Transport, address: str) -> Sequence[bytes]:
+    conn = await transport.dial([address])
+    try:
+        async with asyncio.timeout(_ASK_TIMEOUT_S):
+            await conn.send(Renew())
+            while True:
+                message, _ = await conn.receive()
+                if isinstance(message, Renewed):
+                    return message.chain
+                if isinstance(message, Fault):
+                    raise PeerLost(message.message)
+    except TimeoutError:
+        raise PeerLost(f"no answer within {_ASK_TIMEOUT_S:g} s") from None
+    finally:
+        await conn.close()
+
+
+def admin_addresses(seeds: Sequence[str], records: Sequence[Record]) -> list[str]:
+    """Where to ask for a renewal: the admins, the seeds, then the gateways, any of which may keep the issuer."""
+    admins, gateways = (
+        [address for record in records if record.role == role for address in record.addresses]
+        for role in ("admin", "gateway")
+    )
+    return list(dict.fromkeys([*admins, *seeds, *gateways]))
+
+
+def taking_effect(
+    home: Home, name: str, transport: TlsTransport, directory: Directory | None = None
+) -> Callable[[NodeIdentity], None]:
+    """What on_renewed has to do for node `name` of `home`: new handshakes and new records use the certificate, then it
+    is saved (last: a full disk takes nothing from a running node)."""
+
+    def renewed(identity: NodeIdentity) -> None:
+        transport.renew(identity)
+        if directory is not None:
+            directory.renewed(identity)
+        home.save_node(name, identity)
+
+    return renewed
+
+
+def renew_in_background(
+    home: Home,
+    name: str,
+    transport: TlsTransport,
+    directory: Directory,
+    seeds: Sequence[str],
+    *,
+    ask: Ask | None = None,
+) -> asyncio.Task[None]:
+    """Keeps node `name` of `home` renewed until cancelled; by default it asks admins, seeds and gateways. When nobody
+    renewed it in time that is logged and ends nothing: the connections that stand go on."""
+    asked = ask or ask_over(transport, lambda: admin_addresses(seeds, directory.live()))
+
+    async def renew() -> None:
+        try:
+            await keep_renewed(transport.identity, asked, taking_effect(home, name, transport, directory))
+        except Refused as error:
+            _log.error("%s %s", error, error.hint)
+
+    return asyncio.create_task(renew(), name="renewal")

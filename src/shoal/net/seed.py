@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 
 from shoal.errors import ShoalError
 from shoal.net.directory import LEASE_S, Directory
 from shoal.net.identity import NodeIdentity
 from shoal.net.transport import Conn
-from shoal.wire.messages import Message, Record, Sync
+from shoal.wire.messages import Fault, Message, Record, Renew, Renewed, Sync
 
 
 class Seed:
@@ -23,8 +23,10 @@ class Seed:
         self._identity = identity
         self.on_change: Callable[[], None] = lambda: None
         self._news = asyncio.Event()
+        self.renew: Callable[[Conn], Awaitable[list[bytes]]] | None = None
+        """Makes a new certificate (a chain of DER) for the node at the other end; None where no issuer is kept."""
         self._conns: dict[str, list[Conn]] = {}
-        """The connections of each node, the newest last: a command of its machine may look in beside its server."""
+        """A node may have several: gossip over one, a renewal of its certificate over another."""
 
     def _changed(self) -> None:
         self._news.set()
@@ -38,17 +40,29 @@ class Seed:
     async def on_conn(self, conn: Conn) -> None:
         """Handle one accepted connection until it ends."""
         node = conn.peer.node
-        self._conns.setdefault(node, []).append(conn)
         try:
             while True:
                 message, _ = await conn.receive()
                 if isinstance(message, Sync):
+                    if conn not in self._conns.get(node, ()):
+                        self._conns.setdefault(node, []).append(conn)
                     for answer in self.directory.on_sync(message, node):
                         await conn.send(answer)
+                elif isinstance(message, Renew):
+                    await conn.send(await self._renewed(conn))
         finally:
-            self._conns[node].remove(conn)
-            if not self._conns[node]:
-                del self._conns[node]
+            if conn in (conns := self._conns.get(node, [])):
+                conns.remove(conn)
+            if not conns:
+                self._conns.pop(node, None)
+
+    async def _renewed(self, conn: Conn) -> Message:
+        if self.renew is None:
+            return Fault("unavailable", "This node keeps no issuing authority; ask the swarm's admin.")
+        try:
+            return Renewed(await self.renew(conn))
+        except ShoalError as error:
+            return Fault(error.code, str(error)[:1024], error.retry_after_s)
 
     def announce(self, addresses: Sequence[str]) -> None:
         """Publish a record of this node, so that others find it without having been told its address."""

@@ -67,6 +67,11 @@ class Address:
         except ValueError:
             return False
 
+    @property
+    def is_wildcard(self) -> bool:
+        """Every address of this machine: to listen on, not to tell others."""
+        return self.host in ("0.0.0.0", "::")
+
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"tcp://{host}:{self.port}"

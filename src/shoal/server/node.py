@@ -171,6 +171,11 @@ class BlockServer:
         self._leave_by = by if self._leave_by is None else min(by, self._leave_by)
         self._stopping.set()
 
+    @property
+    def directory(self) -> Directory:
+        """This node's copy of the registry."""
+        return self._directory
+
     async def run(self, *, on_online: Callable[[BlockRange], None] = lambda blocks: None) -> None:
         """Join the swarm, take a place, serve until stopped. `on_online` hears of every place it has taken."""
         listener = await self._transport.listen(self._config.listen, self._on_conn)
