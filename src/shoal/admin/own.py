@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import time
+from collections.abc import Sequence
 from contextlib import closing
 
 from shoal.admin.store import AdminStore
@@ -15,6 +16,7 @@ from shoal.net.identity import (
     NodeIdentity,
     Role,
     certify,
+    checked_labels,
     ders_of,
     issue_node,
     key_of_certificate,
@@ -22,10 +24,12 @@ from shoal.net.identity import (
 from shoal.net.renewal import renewal_due
 
 
-def own_node(home: Home, name: str, role: Role) -> NodeIdentity:
+def own_node(home: Home, name: str, role: Role, *, labels: Sequence[str] | None = None) -> NodeIdentity:
     """The node `name` of the admin's own machine: the one that is there, with a new certificate if that is due, or a
-    new one if there is none or it was removed. Raises UsageError when this is not the admin's machine."""
+    new one if there is none or it was removed. `labels` None: those it has. Raises UsageError when this is not the
+    admin's machine."""
     issuer, now = home.issuer(), time.time()
+    wanted = None if labels is None else checked_labels(labels)
     with closing(AdminStore(home.admin_db)) as store:
         identity: NodeIdentity | None = None
         if home.has_node(name):
@@ -37,18 +41,26 @@ def own_node(home: Home, name: str, role: Role) -> NodeIdentity:
                 )
             if store.is_revoked(identity.peer.node):
                 identity = None
-            elif now < renewal_due(identity):
+            elif now < renewal_due(identity) and wanted in (None, identity.peer.labels):
                 return identity
-        identity = issue_node(issuer, role) if identity is None else reissued(issuer, identity)
+        if identity is None:
+            identity = issue_node(issuer, role, labels=wanted or ())
+        else:
+            identity = reissued(issuer, identity, labels=wanted)
         store.certified(identity.peer, identity.valid_until.timestamp(), now=now)
     home.save_node(name, identity)
     return identity
 
 
 def reissued(
-    issuer: Authority, identity: NodeIdentity, *, lifetime: datetime.timedelta = NODE_LIFETIME
+    issuer: Authority,
+    identity: NodeIdentity,
+    *,
+    labels: Sequence[str] | None = None,
+    lifetime: datetime.timedelta = NODE_LIFETIME,
 ) -> NodeIdentity:
-    """`identity` with a new certificate for the same key, role and labels."""
+    """`identity` with a new certificate for the same key and role; `labels` None: the same, too."""
     peer = identity.peer
     key = key_of_certificate(identity.chain_der[0])
-    return identity.renewed(ders_of(certify(issuer, peer.role, key, labels=peer.labels, lifetime=lifetime)))
+    labels = peer.labels if labels is None else labels
+    return identity.renewed(ders_of(certify(issuer, peer.role, key, labels=labels, lifetime=lifetime)))

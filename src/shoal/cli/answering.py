@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from shoal.compute.facts import ModelFacts
     from shoal.gateway.metrics import Metrics
     from shoal.gateway.server import TlsFiles
+    from shoal.manifest.writer import AuditWriter
     from shoal.net.seed import Seed
     from shoal.net.tls import TlsTransport
     from shoal.net.worker import Worker
@@ -86,6 +88,7 @@ async def answer(
 
     from shoal.gateway.accounts import Accounts
     from shoal.gateway.app import create_app
+    from shoal.gateway.audit import Audit
     from shoal.gateway.limits import Limits
     from shoal.gateway.metrics import Metrics
     from shoal.gateway.server import serve
@@ -93,6 +96,7 @@ async def answer(
     metrics = Metrics()
     parts: list[_Part] = []
     accounts = Accounts(plan.home / "accounts.sqlite")
+    writer = _audit_writer(plan, seed, transport)
     try:
         for offer in plan.offers:
             parts.append(await _start(plan, offer, seed, transport, node, metrics, place))
@@ -105,7 +109,7 @@ async def answer(
         seed.on_change = view_changed
         if place is not None:
             await seed.wait_for(lambda records: not any(model.missing() for model in models.values()))
-        app = create_app(models, accounts, metrics=metrics, hosts=plan.hosts, origins=plan.origins)
+        app = create_app(models, accounts, metrics=metrics, hosts=plan.hosts, origins=plan.origins, audit=Audit(writer))
         limits = Limits(shutdown_s=STREAMS_END_S)
         async with serve(app, plan.host, plan.port, limits=limits, tls=plan.tls) as listening:
             gc.freeze()  # as in server_process.py
@@ -115,6 +119,31 @@ async def answer(
         for part in parts:
             await part.close()
         accounts.close()
+        writer.close()
+
+
+def _audit_writer(plan: Plan, seed: Seed, transport: TlsTransport) -> AuditWriter:
+    """The writer of this home's audit log. Where the log stands is in this gateway's own record: others remember it."""
+    from shoal.manifest.chain import Head
+    from shoal.manifest.writer import AuditWriter
+    from shoal.net.auditing import audit_log
+    from shoal.net.home import Home
+    from shoal.wire.messages import AuditHead
+
+    loop, directory = asyncio.get_running_loop(), seed.directory
+    log = audit_log(Home(plan.home), transport.identity)
+
+    def told(head: Head | None) -> AuditHead | None:
+        return None if head is None else AuditHead(head.seq, head.hash)
+
+    def on_head(head: Head) -> None:
+        with suppress(RuntimeError):  # the loop has ended: nobody is left to be told
+            loop.call_soon_threadsafe(lambda: directory.update(audit=told(head)))
+
+    if directory.record is None:
+        seed.announce([])
+    directory.update(audit=told(log.head))
+    return AuditWriter(log, on_head=on_head)
 
 
 async def _start(

@@ -43,6 +43,9 @@ if TYPE_CHECKING:
     metavar="[NAME:]POLICY",
     help="Trust zone of a model (or of all), for example first=2:trusted,embedding=trusted; may be repeated.",
 )
+@click.option(
+    "--label", "labels", multiple=True, help="On the admin's machine: what you vouch for about it; may be repeated."
+)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 @click.option(
     "--wire",
@@ -62,7 +65,7 @@ def gateway(token: str | None, as_json: bool, **options: Any) -> int:
 
     home = Home(home_path(options["swarm_dir"]))
     plan = _plan(home, options)
-    identity = _identity(home, token)
+    identity = _identity(home, token, options["labels"])
     process.set_up_logging()
     process.run(_run(home, identity, plan, as_json))
     return 0
@@ -161,15 +164,20 @@ def _check_names(names: list[str], policies: dict[str, list[Zones]]) -> None:
         )
 
 
-def _identity(home: Home, token: str | None) -> NodeIdentity:
+def _identity(home: Home, token: str | None, labels: tuple[str, ...]) -> NodeIdentity:
     """This machine's gateway: made with the token, or by the authority that lies here, or the one of an earlier run."""
     from shoal.admin.own import own_node
     from shoal.net.enrol import join
 
+    if labels and (token is not None or not home.is_admin):
+        raise UsageError(
+            "Labels are given by the swarm's admin, not by the gateway itself.",
+            hint="On the admin's machine: shoal invite --role gateway --label LABEL.",
+        )
     if token is not None:
         return join(token, "gateway", home, "gateway")
     if home.is_admin:
-        return own_node(home, "gateway", "gateway")
+        return own_node(home, "gateway", "gateway", labels=labels or None)
     if home.has_node("gateway"):
         return home.node("gateway")
     raise UsageError(

@@ -34,6 +34,7 @@ class Options:
     wire: WireType
     device: str
     exact: bool
+    zones: str
 
 
 @click.command("gateway-process")
@@ -47,6 +48,7 @@ class Options:
 @click.option("--wire", type=click.Choice(["f32", "bf16", "int8"]), default="f32")
 @click.option("--device", default="cpu")
 @click.option("--exact", is_flag=True)
+@click.option("--zones", default="", help="Trust zone for every request.")
 def gateway_process(**options: Any) -> None:
     """Answer the API for a swarm (started by `shoal up`)."""
     from shoal.cli import process
@@ -97,6 +99,9 @@ async def _serve(options: Options, seed: Seed, transport: TlsTransport, node: st
     from shoal.gateway.accounts import Accounts
     from shoal.net.coordinator import assign_blocks
     from shoal.swarm.placement import ModelNeeds
+    from shoal.swarm.trust import Zones
+
+    zones = tuple(filter(None, [Zones.parse(options.zones)]))
 
     async def place(facts: ModelFacts) -> list[str]:
         itemsize = {"float32": 4, "bfloat16": 2}[options.dtype]
@@ -106,7 +111,9 @@ async def _serve(options: Options, seed: Seed, transport: TlsTransport, node: st
             cache_tokens=facts.context_length,
             legal_cuts=facts.legal_cuts,
         )
-        placement = await assign_blocks(seed, facts.name, needs, stages=options.servers, replicas=options.replicas)
+        placement = await assign_blocks(
+            seed, facts.name, needs, stages=options.servers, replicas=options.replicas, zones=zones
+        )
         return placement.explain()
 
     def announce(url: str, models: dict[str, SwarmModel]) -> None:
@@ -117,7 +124,7 @@ async def _serve(options: Options, seed: Seed, transport: TlsTransport, node: st
 
     plan = answering.Plan(
         home=options.swarm_dir,
-        offers=(answering.Offer(options.name, options.model),),
+        offers=(answering.Offer(options.name, options.model, zones),),
         port=options.port,
         dtype=options.dtype,
         wire=options.wire,

@@ -27,6 +27,7 @@ COMMANDS: dict[str, Entry] = {
     "status": Entry("shoal.cli.status:status", "Show who hosts which blocks; exit code 3 when some are missing."),
     "gateway": Entry("shoal.cli.gateway:gateway", "Answer the API for a swarm until Ctrl-C."),
     "keys": Entry("shoal.cli.keys:keys", "API keys of this machine's gateway."),
+    "audit": Entry("shoal.cli.audit:audit", "Look into the log of who computed what."),
     "generate": Entry("shoal.cli.generate:generate", "Continue a text with the running swarm."),
     "doctor": Entry(
         "shoal.cli.doctor:doctor", "Look for what keeps shoal from working here; exit code 3 when something does."

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from shoal.cli import output
+from shoal.errors import UsageError
 
 
 @click.command("up")
@@ -34,6 +35,16 @@ from shoal.cli import output
 @click.option(
     "--exact", is_flag=True, help="fp32 numbers that do not depend on other sessions; a lone one is 10 % slower."
 )
+@click.option(
+    "--zones", default="", metavar="POLICY", help="Trust zone of the model, for example first=2:trusted,last=1:trusted."
+)
+@click.option(
+    "--label",
+    "labels",
+    multiple=True,
+    metavar="NODE=LABEL",
+    help="Label for server-0, server-1, ... or gateway, as if it ran elsewhere; may be repeated.",
+)
 @click.option("--swarm-dir", type=click.Path(path_type=Path), default=None, help="Keep keys and logs here.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON when ready.")
 def up(
@@ -47,6 +58,8 @@ def up(
     memory: str | None,
     cache_tokens: int | None,
     exact: bool,
+    zones: str,
+    labels: tuple[str, ...],
     swarm_dir: Path | None,
     as_json: bool,
 ) -> int:
@@ -55,6 +68,7 @@ def up(
 
     from shoal.launch.local import LocalSwarm, SwarmPlan
     from shoal.spec.units import parse_bytes
+    from shoal.swarm.trust import Zones
 
     model_dir = demo_model() if model is None else local_model(model)
     name = "shoal-demo" if model is None else model_name(model)
@@ -70,9 +84,22 @@ def up(
         memory_bytes=None if memory is None else parse_bytes(memory),
         cache_tokens=cache_tokens,
         exact=exact,
+        zones=str(Zones.parse(zones)),
+        labels=_labels(labels),
         swarm_dir=swarm_dir,
     )
     return asyncio.run(_run(LocalSwarm(plan, on_progress=output.note), as_json))
+
+
+def _labels(texts: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """Labels by the name of a node. Raises UsageError."""
+    found: dict[str, tuple[str, ...]] = {}
+    for text in texts:
+        node, given, label = text.partition("=")
+        if not (node and given and label):
+            raise UsageError(f"Cannot read the label {text!r}.", hint="Write NODE=LABEL, for example server-0=trusted.")
+        found[node] = (*found.get(node, ()), label)
+    return found
 
 
 def demo_model() -> Path:

@@ -8,8 +8,8 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,26 @@ class SwarmPlan:
     """Each server's offer; None: an equal share of what is available."""
     cache_tokens: int | None = None
     exact: bool = False
+    zones: str = ""
+    """Trust zone for every request, as `swarm.trust.Zones` writes it."""
+    labels: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Labels of nodes, by name: gateway, server-0, server-1, ..."""
     swarm_dir: Path | None = None
     """Kept when given; else a new private directory, removed at the end."""
 
     def __post_init__(self) -> None:
         if self.servers < 1 or self.replicas < 1:
             raise UsageError("A swarm needs at least one server and one replica.", hint="Use --servers 3 --replicas 1.")
+        if unknown := set(self.labels) - {"gateway", *self.names}:
+            raise UsageError(
+                f"There is no node {sorted(unknown)[0]!r} to be labelled.",
+                hint=f"The nodes are called gateway, {', '.join(self.names)}.",
+            )
+
+    @property
+    def names(self) -> list[str]:
+        """The servers' names."""
+        return [f"server-{number}" for number in range(self.servers * self.replicas)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +116,8 @@ class LocalSwarm:
         home = Home(self.swarm_dir)
         if not home.exists:
             home = Home.create(self.swarm_dir, "local")
-        own_node(home, "gateway", "gateway")
-        servers = [f"server-{number}" for number in range(plan.servers * plan.replicas)]
-        identities = {name: own_node(home, name, "server") for name in servers}
+        own_node(home, "gateway", "gateway", labels=plan.labels.get("gateway", ()))
+        identities = {name: own_node(home, name, "server", labels=plan.labels.get(name, ())) for name in plan.names}
         gateway = await self._child("gateway", ["gateway-process", *self._gateway_args()])
         seed = (await gateway.line())["swarm"]
         self._progress(f"gateway up at {seed}; starting {len(identities)} servers")
@@ -152,6 +165,7 @@ class LocalSwarm:
             *("--servers", str(plan.servers), "--replicas", str(plan.replicas)),
             *("--port", str(plan.api_port), "--dtype", plan.dtype, "--wire", plan.wire, "--device", plan.device),
             *(["--exact"] if plan.exact else []),
+            *(["--zones", plan.zones] if plan.zones else []),
         ]
 
     def _server_args(self, name: str, seed: str) -> list[str]:
