@@ -79,12 +79,6 @@ def test_json_is_written_as_transformers_writes_it() -> None:
     assert rendered("{{ {'ä': '<'} | tojson(indent=2) }}") == '{\n  "ä": "<"\n}'
 
 
-def test_arguments_of_a_tool_call_arrive_as_objects() -> None:
-    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 5}'}}
-    message = Message("assistant", None, tool_calls=[call])
-    assert rendered("{{ messages[0].tool_calls[0].function.arguments.x }}", message) == "5"
-
-
 def test_developer_is_left_alone_where_the_template_knows_it() -> None:
     message = Message("developer", "x")
     assert rendered("{{ messages[0].role }}", message) == "system"

@@ -248,8 +248,8 @@ def test_an_explicit_null_is_the_same_as_an_absent_field(gateway: Gateway, clien
     names = [
         "stream", "stream_options", "n", "max_tokens", "max_completion_tokens", "temperature",
         "top_p", "seed", "stop", "presence_penalty", "frequency_penalty", "logit_bias",
-        "logprobs", "top_logprobs", "response_format", "tools", "functions", "modalities",
-        "user",
+        "logprobs", "top_logprobs", "response_format", "tools", "tool_choice", "parallel_tool_calls", "functions",
+        "modalities", "user",
     ]
     # fmt: on
     fields = {"model": MODEL, "messages": [{"role": "user", "content": "hi", "name": None}]}
@@ -307,8 +307,10 @@ def test_every_role_reaches_the_template(gateway: Gateway, client: openai.OpenAI
         ],
     )
     prompt = gateway.chatty.tokenizer.decode(gateway.chatty.calls[0].prompt)
-    # A template that knows no developer gets its older name.
-    assert "<system>a\n<system>b\n<user>c\n<assistant>None\n<tool>d\n<assistant>" in prompt
+    # A template that knows no developer gets its older name, one that knows no tools gets their text.
+    assert "<system>a\n<system>b\n<user>c\n" in prompt
+    assert '<assistant><tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>\n' in prompt
+    assert "<user><tool_response>\nd\n</tool_response>\n<assistant>" in prompt
 
 
 def test_a_model_without_a_template_points_to_completions(client: openai.OpenAI) -> None:

@@ -205,8 +205,8 @@ def test_invalid_json_is_400(gateway: Gateway) -> None:
         ({"logit_bias": {"five": 1}}, "logit_bias"),
         ({"logit_bias": {str(token): 1 for token in range(2000)}}, "logit_bias"),
         ({"top_logprobs": 3}, "top_logprobs"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"response_format": {"type": "grammar"}}, "response_format.type"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
     ],
 )

@@ -8,25 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.gateway import byte_level_tokenizer
-from tokenizers import Tokenizer, decoders, models, normalizers
-from transformers import PreTrainedTokenizerFast
+from support.tokenizers import spelled_out_tokenizer
 
 from shoal.gateway.text import StopFilter, Vocabulary
 
 BYTE_LEVEL = Vocabulary(byte_level_tokenizer())
-
-
-def spelled_out_tokenizer() -> PreTrainedTokenizerFast:
-    """A Llama-2-like tokenizer: pieces with a mark for the space, unknown characters as byte tokens."""
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁sea", "▁the", "a", "e", "s"]
-    tokenizer = Tokenizer(
-        models.BPE({piece: place for place, piece in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True)
-    )
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 SPELLED_OUT = Vocabulary(spelled_out_tokenizer())

@@ -8,15 +8,17 @@ import random
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from shoal.compute.sampling import Sampler, sample_batch
 from shoal.gateway.accounts import Account, Accounts, Usage
 from shoal.gateway.app import create_app
 from shoal.gateway.audit import Audit
@@ -26,7 +28,7 @@ from shoal.gateway.server import Listening, serve
 from shoal.manifest.chain import AuditLog
 from shoal.manifest.writer import AuditWriter
 from shoal.spec.ids import BlockRange
-from shoal.spec.sampling import Sampled, SamplingParams
+from shoal.spec.sampling import Constraint, Sampled, SamplingParams
 from shoal.swarm.trust import Zones
 
 TEMPLATE = (
@@ -37,8 +39,10 @@ PATIENCE_S = 20.0
 """Against hanging only; nothing is expected to take this long."""
 
 
-def byte_level_tokenizer(*, template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
-    """A GPT-2-like tokenizer: every byte is a token, frequent words are merged, special tokens <s> and </s>."""
+def byte_level_tokenizer(
+    *, template: str | None = TEMPLATE, special: Sequence[str] = (), eos: str = "</s>"
+) -> PreTrainedTokenizerFast:
+    """A GPT-2-like tokenizer: every byte is a token, frequent words are merged, special tokens <s>, </s> and others."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -50,7 +54,8 @@ def byte_level_tokenizer(*, template: str | None = TEMPLATE) -> PreTrainedTokeni
     )
     tokenizer.train_from_iterator(["the whale and the sea and the ship said hello to the world"] * 8, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    tokenizer.add_special_tokens(list(special))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token=eos)
     fast.chat_template = template
     return fast
 
@@ -79,6 +84,7 @@ class Call:
     request_id: str
     zones: tuple[Zones, ...] = ()
     on_host: Callable[[str, BlockRange], None] | None = None
+    constraint: Constraint | None = None
     steps_done: int = 0
     closed: threading.Event = field(default_factory=threading.Event)
 
@@ -131,6 +137,10 @@ class ScriptedModel:
         """Every call goes through these steps."""
         self.script = lambda call: steps
 
+    def dreams(self) -> None:
+        """Every call takes tokens by chance, through the real sampler: what a grammar forbids is all it keeps to."""
+        self.script = lambda call: dreamt_tokens(call, len(self.tokenizer), self.eos_ids)
+
     def samples(self) -> None:
         """Every call samples from a small fixed distribution, and honours every sampling parameter."""
         self.script = lambda call: sampled_tokens(call, len(self.tokenizer))
@@ -143,10 +153,11 @@ class ScriptedModel:
         max_tokens: int,
         ignore_eos: bool,
         request_id: str,
+        constraint: Constraint | None = None,
         zones: Sequence[Zones] = (),
         on_host: Callable[[str, BlockRange], None] | None = None,
     ) -> AsyncGenerator[Sampled | None, None]:
-        call = Call(prompt, params, max_tokens, ignore_eos, request_id, tuple(zones), on_host)
+        call = Call(prompt, params, max_tokens, ignore_eos, request_id, tuple(zones), on_host, constraint)
         self.calls.append(call)
         try:
             for step in self.script(call):
@@ -160,6 +171,8 @@ class ScriptedModel:
                     call.on_host(step.node, BlockRange.parse(step.blocks))
                     continue
                 await asyncio.sleep(0)
+                if constraint is not None and step is not None:
+                    _keep_to(constraint, step if isinstance(step, int) else step.token)
                 call.steps_done += 1
                 yield Sampled(step) if isinstance(step, int) else step
         finally:
@@ -202,6 +215,39 @@ class ScriptedModel:
         return {"model": self.name, "covered": all(servers for _, servers in self.replicas)}
 
 
+def _keep_to(constraint: Constraint, token: int) -> None:
+    """Fails for a token that the constraint does not allow; goes on behind one that it does."""
+    mask = constraint.mask()
+    assert mask is None or mask[token // 8] >> token % 8 & 1, f"the grammar does not allow token {token}"
+    constraint.accept(token)
+
+
+def dreamt_tokens(call: Call, vocabulary_size: int, eos_ids: frozenset[int]) -> Iterator[Sampled]:
+    """Tokens by chance, as far as the call's constraint and parameters allow; the constraint itself moves on when the
+    token is taken (`_keep_to`)."""
+    params = replace(call.params, seed=call.params.seed or 0)
+    sampler = Sampler(
+        params, vocab_size=vocabulary_size, constraint=_Looked(call.constraint) if call.constraint else None
+    )
+    generator = torch.Generator().manual_seed(params.seed or 0)
+    for _ in range(call.max_tokens):
+        logits = 2.0 * torch.randn(1, vocabulary_size, generator=generator)
+        (sampled,) = sample_batch(logits, [sampler])
+        yield sampled
+        if sampled.token in eos_ids and not call.ignore_eos:
+            return
+
+
+class _Looked:
+    """A constraint that its sampler only looks at."""
+
+    def __init__(self, constraint: Constraint) -> None:
+        self.ready, self.mask = constraint.ready, constraint.mask
+
+    def accept(self, token: int) -> None:
+        pass
+
+
 def sampled_tokens(call: Call, vocabulary_size: int) -> Iterator[Sampled]:
     """A toy sampler in the textbook order: penalties, bias, temperature, top_p, draw."""
     params = call.params
@@ -239,10 +285,13 @@ def sampled_tokens(call: Call, vocabulary_size: int) -> Iterator[Sampled]:
 class Gateway:
     """A running gateway: two models, its keys, and clients for it."""
 
-    def __init__(self, folder: Path, limits: Limits, log: AuditLog | None = None) -> None:
-        """`log` keeps the requests; None: nobody does."""
+    def __init__(
+        self, folder: Path, limits: Limits, log: AuditLog | None = None, others: Sequence[ScriptedModel] = ()
+    ) -> None:
+        """`log` keeps the requests; None: nobody does. `others`: models beside the two that every gateway has."""
         self._log = log
         self.limits = limits
+        self.others = {model.name: model for model in others}
         self.chatty = ScriptedModel("org/chatty:1b", byte_level_tokenizer())
         self.plain = ScriptedModel("plain", byte_level_tokenizer(template=None))
         self.metrics = Metrics()
@@ -263,7 +312,7 @@ class Gateway:
         accounts = Accounts(self._folder / "keys.sqlite")
         writer = None if self._log is None else AuditWriter(self._log)
         self.app = create_app(
-            {model.name: model for model in (self.chatty, self.plain)},
+            {model.name: model for model in (self.chatty, self.plain, *self.others.values())},
             accounts,
             limits=self.limits,
             metrics=self.metrics,
@@ -324,8 +373,13 @@ class Gateway:
 
 
 @contextmanager
-def running(folder: Path, limits: Limits | None = None, log: AuditLog | None = None) -> Iterator[Gateway]:
-    gateway = Gateway(folder, limits or Limits(), log)
+def running(
+    folder: Path,
+    limits: Limits | None = None,
+    log: AuditLog | None = None,
+    others: Sequence[ScriptedModel] = (),
+) -> Iterator[Gateway]:
+    gateway = Gateway(folder, limits or Limits(), log, others)
     gateway.start()
     try:
         yield gateway

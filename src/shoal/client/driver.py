@@ -32,7 +32,7 @@ from shoal.errors import ContextTooLong, NotFinite, ShoalError, UsageError
 from shoal.net.directory import Directory
 from shoal.net.transport import Transport
 from shoal.net.worker import Worker
-from shoal.spec.sampling import Sampled, SamplingParams
+from shoal.spec.sampling import Constraint, Sampled, SamplingParams
 from shoal.swarm.session import Recovered, SessionConfig
 from shoal.swarm.trust import Zones
 from shoal.wire import messages as msg
@@ -146,6 +146,7 @@ class Driver:
         max_tokens: int,
         eos_ids: frozenset[int] = frozenset(),
         request_id: str = "",
+        constraint: Constraint | None = None,
         zones: Sequence[Zones] = (),
         on_host: OnHost | None = None,
     ) -> AsyncGenerator[Sampled | None, None]:
@@ -164,7 +165,8 @@ class Driver:
                 f" {self.facts.context_length} tokens of context.",
                 hint="Shorten the prompt or ask for fewer tokens.",
             )
-        run = _Run(list(prompt), Sampler(params, vocab_size=self._head.ends.vocab_size), max_tokens, eos_ids)
+        sampler = Sampler(params, vocab_size=self._head.ends.vocab_size, constraint=constraint)
+        run = _Run(list(prompt), sampler, max_tokens, eos_ids)
         await self.sessions.scouted()
         run.handle = self.sessions.open(
             # The last token is never fed: nothing is predicted from it.
@@ -208,7 +210,18 @@ class Driver:
     def _on_rows(self, run: _Run, position: int, rows: wire_rows.Rows) -> None:
         if position <= run.wanted < position + rows.count:
             row = run.wanted - position
-            self._rows.append((run, rows[row : row + 1]))
+            self._offer(run, rows[row : row + 1])
+
+    def _offer(self, run: _Run, row: wire_rows.Rows) -> None:
+        """Let `row` be sampled, once it is known what its constraint allows: usually that was computed while the
+        servers computed the row. Nobody else waits for a constraint that takes longer."""
+        constraint = run.sampler.constraint
+        if constraint is None or constraint.ready(partial(self._worker.report, self._on_mask, run, row)):
+            self._rows.append((run, row))
+
+    def _on_mask(self, run: _Run, row: wire_rows.Rows) -> None:
+        self._rows.append((run, row))
+        self._kick()
 
     # --- one embedding ---------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from shoal.client.sessions import OnHost
 from shoal.errors import ModelError
 from shoal.net.directory import Directory
 from shoal.spec.ids import BlockRange
-from shoal.spec.sampling import Sampled, SamplingParams
+from shoal.spec.sampling import Constraint, Sampled, SamplingParams
 from shoal.swarm.routing import coverage, missing_blocks, policy_unmet
 from shoal.swarm.trust import Zones, allowed, ends_unmet, written
 from shoal.wire.messages import Record
@@ -101,6 +101,7 @@ class SwarmModel:
         max_tokens: int,
         ignore_eos: bool,
         request_id: str,
+        constraint: Constraint | None = None,
         zones: Sequence[Zones] = (),
         on_host: OnHost | None = None,
     ) -> AsyncGenerator[Sampled | None, None]:
@@ -110,6 +111,7 @@ class SwarmModel:
             max_tokens=max_tokens,
             eos_ids=frozenset() if ignore_eos else self.eos_ids,
             request_id=request_id,
+            constraint=constraint,
             zones=(*self.zones, *zones),
             on_host=on_host,
         )

@@ -3,10 +3,11 @@
 The options mean what they mean in the OpenAI API, applied in this order:
 
     logits + logit_bias - presence_penalty * [token was generated] - frequency_penalty * times generated
+    -> -inf for tokens that the session's constraint does not allow
     -> argmax (temperature 0)  or  softmax(. / temperature), cut to the top_p nucleus, one draw
 
-Log-probabilities are those of the model itself: the log-softmax of the logits before bias, penalties, temperature and
-nucleus, so they can be compared between requests.
+Log-probabilities are those of the model itself: the log-softmax of the logits before bias, penalties, constraint,
+temperature and nucleus, so they can be compared between requests.
 
 A draw takes one uniform number that depends on the session's seed and on how many tokens it has drawn, and on nothing
 else: neither on which sessions share the batch nor on a server that was replaced in between. The same logits and the
@@ -22,11 +23,12 @@ import math
 import secrets
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from shoal.errors import ShoalError, UsageError
-from shoal.spec.sampling import Sampled, SamplingParams
+from shoal.spec.sampling import Constraint, Sampled, SamplingParams
 
 MAX_TOP_LOGPROBS = 20
 
@@ -77,15 +79,17 @@ def _within(name: str, value: float, low: float, high: float) -> None:
 
 
 class Sampler:
-    """State of one session: its parameters, how often it has generated which token, how many tokens it has drawn.
+    """State of one session: its parameters, how often it has generated which token, how many tokens it has drawn, and
+    the constraint on what it may generate, if there is one.
 
     Raises UsageError for parameters out of range: caught here, where it concerns one request, and not in a batch with
     others.
     """
 
-    def __init__(self, params: SamplingParams, *, vocab_size: int) -> None:
+    def __init__(self, params: SamplingParams, *, vocab_size: int, constraint: Constraint | None = None) -> None:
         check(params, vocab_size=vocab_size)
         self.params = params
+        self.constraint = constraint
         self.vocab_size = vocab_size
         self.drawn = 0
         self._counts: dict[int, int] = {}
@@ -114,12 +118,15 @@ class Sampler:
         """Count `token` as generated. `sample_batch` does this for the tokens it chooses."""
         self.drawn += 1
         self._counts[token] = self._counts.get(token, 0) + 1
+        if self.constraint is not None:
+            self.constraint.accept(token)
 
 
 def sample_batch(logits: Tensor, samplers: Sequence[Sampler]) -> list[Sampled]:
     """Choose the next token of every session. logits [R, V], one sampler per row -> R choices.
 
-    Greedy rows share one argmax, sampled rows one softmax and one draw. Raises BadLogits for NaN or infinite logits and
+    Greedy rows share one argmax, sampled rows one softmax and one draw; a constraint changes only its own row. Raises
+    BadLogits for NaN or infinite logits (also where a constraint allows nothing else), what a constraint raises, and
     ValueError when rows and samplers do not match; no sampler has moved then.
     """
     if logits.dim() != 2 or logits.shape[0] != len(samplers):
@@ -128,10 +135,17 @@ def sample_batch(logits: Tensor, samplers: Sequence[Sampler]) -> list[Sampled]:
         return []
     adjusted = _adjusted(logits, samplers)
     best, tokens = adjusted.max(dim=-1)  # the first of equal ones, like argmax; NaN wins every comparison
-    bad = [row for row, value in enumerate(best.tolist()) if not math.isfinite(value)]
-    if bad:
-        raise BadLogits(bad)
+    _check_finite(range(len(samplers)), best)
     chosen = tokens.tolist()
+    constrained, allowed = _allowed(samplers, adjusted)
+    if constrained:
+        # Looked at before this point as well: NaN where nothing is allowed would go unnoticed.
+        fitting = adjusted[constrained].masked_fill(~allowed, -math.inf)
+        best, tokens = fitting.max(dim=-1)
+        _check_finite(constrained, best)
+        for row, token in zip(constrained, tokens.tolist(), strict=True):
+            chosen[row] = token
+        adjusted = adjusted.index_copy(0, torch.tensor(constrained, device=adjusted.device), fitting)
     drawing = [row for row, sampler in enumerate(samplers) if not sampler.greedy]
     if drawing:
         rows = adjusted if len(drawing) == len(samplers) else adjusted[drawing]
@@ -141,6 +155,25 @@ def sample_batch(logits: Tensor, samplers: Sequence[Sampler]) -> list[Sampled]:
     for sampler, token in zip(samplers, chosen, strict=True):
         sampler.accept(token)
     return results
+
+
+def _check_finite(rows: Sequence[int], best: Tensor) -> None:
+    """Raises BadLogits naming those of `rows` whose largest logit is not a number."""
+    bad = [row for row, value in zip(rows, best.tolist(), strict=True) if not math.isfinite(value)]
+    if bad:
+        raise BadLogits(bad)
+
+
+def _allowed(samplers: Sequence[Sampler], logits: Tensor) -> tuple[list[int], Tensor]:
+    """The rows that have a constraint now, and which tokens it allows them: C rows, bool [C, V]."""
+    masks = [(row, s.constraint.mask()) for row, s in enumerate(samplers) if s.constraint is not None]
+    rows = [row for row, mask in masks if mask is not None]
+    bits = np.zeros((len(rows), logits.shape[1]), dtype=bool)
+    for place, mask in enumerate(mask for _, mask in masks if mask is not None):
+        whole = np.unpackbits(np.frombuffer(mask, dtype=np.uint8), bitorder="little")
+        fitting = whole[: logits.shape[1]]
+        bits[place, : len(fitting)] = fitting
+    return rows, torch.from_numpy(bits).to(logits.device)
 
 
 def _adjusted(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
@@ -171,7 +204,8 @@ def _draw(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
         ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
     reached = ordered.double().cumsum(dim=-1)
     # A token belongs to the nucleus when those before it do not reach top_p; the first always does.
-    kept = (reached - ordered) < top_p
+    # One without probability never does: a constraint may forbid it.
+    kept = ((reached - ordered) < top_p) & (ordered > 0)
     reached = torch.where(kept, reached, 0.0).cummax(dim=-1).values
     total = reached[:, -1:]
     place = torch.searchsorted(reached, uniform * total, right=True)

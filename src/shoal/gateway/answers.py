@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from shoal.gateway.choices import Piece, TokenReport
+from shoal.gateway.reading import CallPart
 from shoal.gateway.text import Vocabulary
 
 # OpenAI's own stand-in for log(0), which JSON cannot write.
@@ -34,33 +35,54 @@ class Dialect(Protocol):
 
 
 class ChatDialect:
-    """/v1/chat/completions."""
+    """/v1/chat/completions. `plain`: every token is content; else some are reasoning, calls, or only marks between."""
 
-    def __init__(self, model: str, request_id: str, vocabulary: Vocabulary, *, logprobs: bool) -> None:
+    def __init__(
+        self, model: str, request_id: str, vocabulary: Vocabulary, *, logprobs: bool, plain: bool = True
+    ) -> None:
         self._common = {"id": f"chatcmpl-{request_id}", "created": int(time.time()), "model": model}
         self._vocabulary = vocabulary
         self._logprobs = logprobs
+        self._plain = plain
 
     def envelope(self, *, stream: bool) -> dict[str, Any]:
         return {**self._common, "object": "chat.completion.chunk" if stream else "chat.completion"}
 
     def opening(self, choice: int) -> dict[str, Any] | None:
-        delta = {"role": "assistant", "content": "", "refusal": None}
+        # Where there may be no content at all, "" would be one.
+        delta = {"role": "assistant", "content": "" if self._plain else None, "refusal": None}
         return {"index": choice, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def delta(self, piece: Piece) -> dict[str, Any]:
         return {
             "index": piece.choice,
-            "delta": {"content": piece.text} if piece.text or not piece.finish else {},
+            "delta": self._delta(piece),
             "logprobs": self._reports(piece.reports) if piece.reports else None,
             "finish_reason": piece.finish,
         }
 
+    def _delta(self, piece: Piece) -> dict[str, Any]:
+        delta: dict[str, Any] = {}
+        if piece.text or (self._plain and not piece.finish):
+            delta["content"] = piece.text
+        if piece.reasoning:
+            delta["reasoning_content"] = piece.reasoning
+        if piece.calls:
+            delta["tool_calls"] = [_call_delta(part) for part in piece.calls]
+        return delta
+
     def whole(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         text = "".join(piece.text for piece in pieces)
+        calls = _whole_calls([part for piece in pieces for part in piece.calls])
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if not self._plain:
+            message["content"] = text if text or not calls else None
+            reasoning = "".join(piece.reasoning for piece in pieces)
+            message |= {"reasoning_content": reasoning} if reasoning else {}
+            message |= {"tool_calls": calls} if calls else {}
         return {
             "index": pieces[-1].choice,
-            "message": {"role": "assistant", "content": text, "refusal": None},
+            "message": message,
             "logprobs": self._reports([report for piece in pieces for report in piece.reports]),
             "finish_reason": pieces[-1].finish,
         }
@@ -130,6 +152,24 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": 0},
     }
+
+
+def _call_delta(part: CallPart) -> dict[str, Any]:
+    """A part of a call as it is streamed: id, type and name once, then only arguments."""
+    if part.id is None:
+        return {"index": part.index, "function": {"arguments": part.arguments}}
+    function = {"name": part.name, "arguments": part.arguments}
+    return {"index": part.index, "id": part.id, "type": "function", "function": function}
+
+
+def _whole_calls(parts: Sequence[CallPart]) -> list[dict[str, Any]]:
+    calls: dict[int, dict[str, Any]] = {}
+    for part in parts:
+        if part.id is not None:
+            function = {"name": part.name, "arguments": ""}
+            calls[part.index] = {"id": part.id, "type": "function", "function": function}
+        calls[part.index]["function"]["arguments"] += part.arguments
+    return list(calls.values())
 
 
 def _token_name(data: bytes) -> str:

@@ -23,6 +23,7 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from shoal.gateway.calls import CallFormat, Plain, Tags, call_format, described, opened_tags, reasoning_tags
 from shoal.gateway.errors import RequestError
 from shoal.gateway.openai import Message
 from shoal.gateway.served import Tokenizer
@@ -45,8 +46,11 @@ class ChatTemplate:
         source = getattr(tokenizer, "chat_template", None)
         # Some tokenizers carry several named templates; "default" is the one for plain chat.
         self._source: str | None = source.get("default") if isinstance(source, Mapping) else source
+        self._tool_source: str | None = source.get("tool_use") if isinstance(source, Mapping) else None
         self._model = model
         self._timeout_s = timeout_s
+        self._calls: CallFormat | None = None
+        self._tags: tuple[Tags | None] | None = None
         # bos_token, eos_token and the like, for templates that write them.
         tokens = getattr(tokenizer, "special_tokens_map", {})
         self._given: dict[str, Any] = {
@@ -55,8 +59,50 @@ class ChatTemplate:
         # Templates ask for these with "is none", not only with "is defined".
         self._given |= {"tools": None, "documents": None, "add_generation_prompt": True}
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """The prompt text, up to where the answer begins. Raises RequestError (400), also for a broken template."""
+    def render(self, messages: Sequence[Message], tools: Sequence[Plain] = (), *, ends: Sequence[str] = ()) -> str:
+        """The prompt text, up to where the answer begins. Raises RequestError (400), also for a broken template.
+
+        `ends` are the texts of the tokens that end an answer; needed with tools, or with calls in the messages.
+        """
+        plain = [self._plain(message) for message in messages]
+        if tools or any(message.tool_calls or message.role == "tool" for message in messages):
+            form = self.call_format(ends)
+            if not form.native:
+                return self._described(plain, tools)
+            for message in plain:
+                _fit(message, form)
+        return self._render(plain, list(tools) or None, True)
+
+    def call_format(self, ends: Sequence[str]) -> CallFormat:
+        """How the model calls tools; found out once."""
+        if self._calls is None:
+            self._calls = call_format(self._render, ends)
+        return self._calls
+
+    def tags(self, prompt: str) -> tuple[Tags | None, bool]:
+        """The tags around the reasoning of an answer to `prompt`, if the template says that there are any, and whether
+        the prompt itself has opened it."""
+        if self._tags is None:
+            self._tags = (reasoning_tags(self._render),)
+        (tags,) = self._tags
+        if tags is None:
+            tags = opened_tags(prompt, self._source or "")
+            return tags, tags is not None
+        return tags, prompt.rstrip().endswith(tags.open)
+
+    def _described(self, plain: list[Plain], tools: Sequence[Plain]) -> str:
+        messages = described(plain, tools)
+        try:
+            return self._render(messages, None, True)
+        except RequestError:
+            if not (len(messages) > 1 and messages[0]["role"] == "system" and messages[1]["role"] == "user"):
+                raise
+        # Some templates take no system message.
+        system, user, *others = messages
+        merged = {**user, "content": f"{system['content']}\n\n{user['content']}"}
+        return self._render([merged, *others], None, True)
+
+    def _render(self, messages: list[Plain], tools: list[Plain] | None, add_generation_prompt: bool) -> str:
         if self._source is None:
             raise RequestError(
                 f"The model {self._model} has no chat template, so it cannot take messages.",
@@ -64,10 +110,11 @@ class ChatTemplate:
                 code="chat_template_missing",
                 hint="Send the text to /v1/completions instead.",
             )
-        plain = [self._plain(message) for message in messages]
+        given = self._given | {"tools": tools, "add_generation_prompt": add_generation_prompt}
         reset = _deadline.set(time.monotonic() + self._timeout_s)
         try:
-            return _joined(self._template.generate(self._given, messages=plain))
+            template = self._tool_template if tools and self._tool_source else self._template
+            return _joined(template.generate(given, messages=messages))
         except TemplateSyntaxError as error:
             raise self._refuse(f"line {error.lineno}: {error.message}") from error
         except TemplateError as error:
@@ -80,10 +127,11 @@ class ChatTemplate:
 
     @cached_property
     def _template(self) -> Template:
-        source = self._source or ""
-        if len(source) > MAX_TEMPLATE_CHARS:
-            raise TemplateError(f"it is longer than {MAX_TEMPLATE_CHARS} characters")
-        return _ENVIRONMENT.from_string(source)
+        return _compiled(self._source or "")
+
+    @cached_property
+    def _tool_template(self) -> Template:
+        return _compiled(self._tool_source or "")
 
     def _plain(self, message: Message) -> dict[str, Any]:
         plain = message.plain()
@@ -98,6 +146,22 @@ class ChatTemplate:
             param="messages",
             code="chat_template_error",
         )
+
+
+def _compiled(source: str) -> Template:
+    if len(source) > MAX_TEMPLATE_CHARS:
+        raise TemplateError(f"it is longer than {MAX_TEMPLATE_CHARS} characters")
+    return _ENVIRONMENT.from_string(source)
+
+
+def _fit(message: Plain, form: CallFormat) -> None:
+    """Write a message's calls as the template wants them."""
+    for call in message.get("tool_calls", ()):
+        function = call["function"]
+        if form.arguments_as_text and not isinstance(function["arguments"], str):
+            function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+    if message.get("tool_calls") and not message["content"]:
+        message["content"] = form.no_content
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):

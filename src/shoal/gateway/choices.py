@@ -10,15 +10,20 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Literal
 
 from shoal.errors import ShoalError
 from shoal.gateway.audit import Trail
+from shoal.gateway.grammar import Grammar
+from shoal.gateway.reading import CallPart
 from shoal.gateway.served import Served
-from shoal.gateway.text import StopFilter, Vocabulary
+from shoal.gateway.shape import Shape
+from shoal.gateway.text import Vocabulary
 from shoal.spec.sampling import Sampled, SamplingParams
+
+Finish = Literal["stop", "length", "tool_calls"]
 
 
 class AnswerBroken(ShoalError):
@@ -29,7 +34,11 @@ class AnswerBroken(ShoalError):
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What to generate, after all checks. `max_tokens` has one entry per prompt."""
+    """What to generate, after all checks. `max_tokens` has one entry per prompt.
+
+    `shape` says what an answer may look like, `grammar` holds it to that, `shown` are the special tokens that are part
+    of it.
+    """
 
     served: Served
     vocabulary: Vocabulary
@@ -41,6 +50,9 @@ class Order:
     ignore_eos: bool
     request_id: str
     trail: Trail
+    shape: Shape = field(default_factory=Shape)
+    grammar: Grammar | None = None
+    shown: frozenset[int] = frozenset()
 
     @property
     def choices(self) -> int:
@@ -71,7 +83,9 @@ class Piece:
     choice: int
     text: str
     reports: tuple[TokenReport, ...]
-    finish: Literal["stop", "length"] | None
+    finish: Finish | None
+    reasoning: str = ""
+    calls: tuple[CallPart, ...] = ()
 
 
 async def pieces(order: Order, choice: int) -> AsyncGenerator[Piece | None, None]:
@@ -86,9 +100,12 @@ async def pieces(order: Order, choice: int) -> AsyncGenerator[Piece | None, None
     if params.seed is not None:
         # Choices of one prompt must differ, and each must be repeatable.
         params = replace(params, seed=(params.seed + place) % 2**63)
-    stream, stop = order.vocabulary.stream(prompt), StopFilter(order.stops)
+    # A grammar knows the bytes of tokens, so the text has to be exactly these.
+    words = order.vocabulary
+    stream = words.stream(prompt) if order.shape.plain else words.byte_stream(order.shown)
+    reader = order.shape.reader(order.stops)
     waiting: deque[tuple[int, int, Sampled]] = deque()  # reports whose text is held back: start, end, token
-    made = shown = count = 0
+    made = count = 0
     generation = order.served.generate(
         prompt,
         params,
@@ -97,6 +114,7 @@ async def pieces(order: Order, choice: int) -> AsyncGenerator[Piece | None, None
         request_id=f"{order.request_id}-{choice}",
         zones=order.trail.zones,
         on_host=order.trail.on_host,
+        constraint=None if order.grammar is None else order.grammar.start(),
     )
     async with aclosing(generation) as tokens:
         async for sampled in tokens:
@@ -104,27 +122,27 @@ async def pieces(order: Order, choice: int) -> AsyncGenerator[Piece | None, None
                 yield None
                 continue
             count += 1
-            finish: Literal["stop", "length"] | None = None
+            finish: Finish | None = None
             ended = not order.ignore_eos and sampled.token in order.served.eos_ids
             new = "" if ended else stream.push(sampled.token)
-            text, stopped = stop.push(new)
+            read = reader.push(new)
             if not ended and params.logprobs is not None:
                 waiting.append((made, made + len(new), sampled))
             made += len(new)
-            if not stopped and (ended or count == max_tokens):
-                rest, stopped = stop.push(stream.flush())
-                text += rest if stopped else rest + stop.flush()
-                finish = "stop" if ended else "length"
-            if stopped:
+            if not read.stopped and (ended or count == max_tokens):
+                read += reader.push(stream.flush())
+                if not read.stopped:
+                    read += reader.flush(cut=not ended)
+                finish = "length" if not ended else "tool_calls" if reader.called else "stop"
+            if read.stopped:
                 finish = "stop"
-            shown += len(text)
             reports = []
             # A report waits until all the text of its token is out; at a stop string the tokens after the cut go.
-            while waiting and (waiting[0][1] <= shown or finish):
+            while waiting and (waiting[0][1] <= read.settled or finish):
                 start, _, token = waiting.popleft()
-                if not stopped or start < shown:
+                if not read.stopped or start < read.settled:
                     reports.append(TokenReport(start, token))
-            yield Piece(choice, text, tuple(reports), finish)
+            yield Piece(choice, read.content, tuple(reports), finish, read.reasoning, tuple(read.calls))
             if finish:
                 return
     raise AnswerBroken(f"Choice {choice} ended without an end token after {count} of {max_tokens} tokens.")

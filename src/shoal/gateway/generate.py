@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from starlette.types import Receive, Scope, Send
@@ -23,12 +23,14 @@ from shoal.gateway.audit import Audit, Trail
 from shoal.gateway.chat import ChatTemplate
 from shoal.gateway.choices import Choices, Order, Piece
 from shoal.gateway.errors import Interrupted, RequestError, error_body, shown_to_callers
+from shoal.gateway.grammar import Grammar, Grammars
 from shoal.gateway.limits import FAREWELL_S, ClientGone, Gate, Limits, patient, read_body, while_connected
 from shoal.gateway.metrics import Metrics, RequestMeter
 from shoal.gateway.openai import ChatRequest, CompletionRequest, ignored_header, read
 from shoal.gateway.quotas import Bill, Quotas
 from shoal.gateway.replies import PING, STREAM_HEADERS, event, send_end, send_json, send_part, send_start
 from shoal.gateway.served import Served
+from shoal.gateway.shape import Shape
 from shoal.gateway.text import Vocabulary
 
 logger = logging.getLogger("shoal.gateway")
@@ -37,17 +39,26 @@ _DONE = b"data: [DONE]\n\n"
 
 
 class OfferedModel:
-    """A served model with what the gateway derives from it once: its vocabulary and its chat template."""
+    """A served model with what the gateway derives from it once: its vocabulary, its chat template, its grammars."""
 
     def __init__(self, served: Served) -> None:
         self.served = served
         self.vocabulary = Vocabulary(served.tokenizer)
         self.template = ChatTemplate(served.tokenizer, served.name)
+        self.grammars = Grammars(self.vocabulary, served.eos_ids)
+        self._ends = [self.vocabulary.token_bytes(token).decode(errors="replace") for token in served.eos_ids]
 
-    def chat_prompt(self, request: ChatRequest) -> list[list[int]]:
+    def chat(self, request: ChatRequest) -> Chat:
+        """The prompt, and what its answer may look like. Takes long enough to stall the streams of everybody else, so
+        not in the event loop. Raises RequestError."""
+        text = self.template.render(request.messages, request.definitions(), ends=self._ends)
         # The template writes the special tokens itself.
-        text = self.template.render(request.messages)
-        return [self.encode(text, "messages", add_special_tokens=False)]
+        prompt = self.encode(text, "messages", add_special_tokens=False)
+        tags, reasoning = self.template.tags(text)
+        calling = request.calling
+        calls = self.template.call_format(self._ends) if calling else None
+        shape = Shape(request.form, calling, calls, tags, reasoning)
+        return Chat(prompt, shape, shape.grammar(self.grammars), shape.shown(self.grammars))
 
     def prompts(self, request: CompletionRequest) -> list[list[int]]:
         return [
@@ -83,6 +94,16 @@ class OfferedModel:
 
 
 @dataclass(frozen=True, slots=True)
+class Chat:
+    """A chat that is ready to be answered: its prompt in tokens, and what Order says of the answer."""
+
+    prompt: list[int]
+    shape: Shape
+    grammar: Grammar | None
+    shown: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
 class Generator:
     """Both generation endpoints of one gateway."""
 
@@ -100,11 +121,13 @@ class Generator:
             request, ignored = read(body, ChatRequest)
             model = self.pick(request.model, account)
             request.check(model.vocabulary.size)
-            # Rendering and tokenising a long prompt takes long enough to stall the streams of everybody else.
-            prompts = await asyncio.to_thread(model.chat_prompt, request)
-            order = self.order(scope, request, model, prompts, account)
+            order = await self.chat_order(scope, request, model, account)
             dialect = ChatDialect(
-                model.served.name, order.request_id, model.vocabulary, logprobs=request.alternatives is not None
+                model.served.name,
+                order.request_id,
+                model.vocabulary,
+                logprobs=request.alternatives is not None,
+                plain=order.shape.plain,
             )
             await self._deliver(_Delivery(order, dialect, request, ignored), account, scope, receive, send)
 
@@ -136,6 +159,12 @@ class Generator:
                 hint="GET /v1/models lists the models.",
             )  # fmt: skip
         return model
+
+    async def chat_order(self, scope: Scope, request: ChatRequest, model: OfferedModel, account: Account) -> Order:
+        """What to generate for a chat. Raises RequestError, also for a schema that no answer can be held to."""
+        chat = await asyncio.to_thread(model.chat, request)
+        order = self.order(scope, request, model, [chat.prompt], account)
+        return replace(order, shape=chat.shape, grammar=chat.grammar, shown=chat.shown)
 
     def order(
         self,

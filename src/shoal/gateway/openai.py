@@ -2,7 +2,7 @@
 
 An explicit null means the same as an absent field. A field that is not declared here is accepted and left alone;
 `ignored` names it, and the answer lists it in `x-shoal-ignored`. A field that would change the meaning of the answer
-and is not offered (tools, JSON mode, echo) is refused, because ignoring it would be a wrong answer.
+and is not offered (functions, echo) is refused, because ignoring it would be a wrong answer.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from shoal.gateway.errors import RequestError
+from shoal.gateway.grammar import Schema, check_size
 from shoal.spec.sampling import SamplingParams
 
 MAX_STOPS = 4
@@ -24,6 +25,7 @@ MAX_BIASES = 1024  # each costs a little at every token
 MAX_CHOICES = 32
 MAX_INPUTS = 2048  # OpenAI's bound, which packages count on when they cut their batches
 MAX_EMBEDDED_VALUES = 2**23  # of all vectors of an answer: 160 MB of JSON
+MAX_TOOLS = 128
 MAX_IGNORED_SHOWN = 20
 DEFAULT_COMPLETION_TOKENS = 16  # what OpenAI's legacy endpoint gives when nothing is asked
 
@@ -32,6 +34,7 @@ _Stop = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
 _Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
 _Bias = Annotated[float, Meta(ge=-100.0, le=100.0)]
 _Token = Annotated[int, Meta(ge=0, le=2**31)]
+_Name = Annotated[str, Meta(pattern="^[a-zA-Z0-9_-]{1,64}$")]
 
 
 class TextPart(msgspec.Struct):
@@ -41,14 +44,43 @@ class TextPart(msgspec.Struct):
     text: str | None = None
 
 
+class FunctionCall(msgspec.Struct):
+    """What an earlier answer called; `arguments` is JSON text."""
+
+    name: str
+    arguments: str
+
+    def parsed(self) -> Any:
+        """The arguments as templates expect them: an object; the text itself when it is no JSON."""
+        try:
+            return json.loads(self.arguments or "{}")
+        except (ValueError, RecursionError):
+            return self.arguments
+
+
+class ToolCall(msgspec.Struct):
+    id: str
+    function: FunctionCall
+    type: Literal["function"] = "function"
+
+
 class Message(msgspec.Struct):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
     name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+    reasoning_content: str | None = None
 
     def check(self, param: str) -> None:
+        if self.role == "tool" and self.tool_call_id is None:
+            raise RequestError(
+                "A message of the role tool needs the id of the call that it answers.",
+                param=f"{param}.tool_call_id",
+                code="missing_field",
+            )
+        if self.tool_calls and self.role != "assistant":
+            raise RequestError("Only an assistant calls tools.", param=f"{param}.tool_calls")
         if self.content is None and not self.tool_calls:
             raise RequestError("A message needs content.", param=f"{param}.content", code="missing_field")
         for place, part in enumerate(self.content if isinstance(self.content, list) else ()):
@@ -70,9 +102,17 @@ class Message(msgspec.Struct):
             "content": content,
             "name": self.name,
             "tool_call_id": self.tool_call_id,
+            "reasoning_content": self.reasoning_content,
         }
         if self.tool_calls:
-            plain["tool_calls"] = [_with_parsed_arguments(call) for call in self.tool_calls]
+            plain["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {"name": call.function.name, "arguments": call.function.parsed()},
+                }
+                for call in self.tool_calls
+            ]
         return {name: value for name, value in plain.items() if value is not None or name == "content"}
 
 
@@ -80,8 +120,93 @@ class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
 
 
+class JsonSchemaFormat(msgspec.Struct):
+    name: _Name
+    schema: dict[str, Any] | None = None
+    strict: bool | None = None
+    description: str | None = None
+
+
 class ResponseFormat(msgspec.Struct):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+    def schema(self, param: str = "response_format") -> Schema | None:
+        """What the content must keep to; None for any text. Raises RequestError when the schema is missing."""
+        if self.type == "text":
+            return None
+        if self.type == "json_object":
+            return Schema({"type": "object"}, True, param)
+        if self.json_schema is None or self.json_schema.schema is None:
+            raise RequestError(
+                "A response_format of type json_schema needs json_schema.schema.",
+                param=f"{param}.json_schema",
+                code="missing_field",
+            )
+        return Schema(self.json_schema.schema, bool(self.json_schema.strict), f"{param}.json_schema.schema")
+
+
+class Function(msgspec.Struct):
+    name: _Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+    def schema(self, param: str) -> Schema:
+        """What the arguments must keep to: always an object. A function without parameters takes none."""
+        parameters = self.parameters or {"type": "object", "properties": {}, "additionalProperties": False}
+        kind = parameters.get("type", "object")
+        if kind != "object":
+            raise RequestError("Parameters are described by a schema of type object.", param=f"{param}.type")
+        return Schema({**parameters, "type": "object"}, bool(self.strict), param)
+
+    def plain(self) -> dict[str, Any]:
+        """The function as chat templates expect it."""
+        fields = {"name": self.name, "description": self.description, "parameters": self.parameters}
+        # Templates read `parameters` without asking whether there are any, and tell models nothing of `strict`.
+        fields["parameters"] = self.parameters or {"type": "object", "properties": {}}
+        fields["description"] = self.description or ""
+        return fields
+
+
+class Tool(msgspec.Struct):
     type: str
+    function: Function | None = None
+
+
+class FunctionName(msgspec.Struct):
+    name: str
+
+
+class NamedTool(msgspec.Struct):
+    type: str = "function"
+    function: FunctionName | None = None
+
+
+class AllowedTools(msgspec.Struct):
+    mode: Literal["auto", "required"]
+    tools: list[NamedTool]
+
+
+class ToolChoice(msgspec.Struct):
+    type: str
+    function: FunctionName | None = None
+    allowed_tools: AllowedTools | None = None
+
+
+class Callee(msgspec.Struct, frozen=True):
+    """A function that an answer may call, and what its arguments must keep to."""
+
+    name: str
+    arguments: Schema
+
+
+class Calling(msgspec.Struct, frozen=True):
+    """What an answer may call, after all checks. `required`: it must."""
+
+    functions: list[Callee]
+    required: bool = False
+    parallel: bool = True
 
 
 class _Request(msgspec.Struct, kw_only=True):
@@ -155,7 +280,9 @@ class ChatRequest(_Request, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
-    tools: list[Any] | None = None
+    tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     functions: list[Any] | None = None
     modalities: list[str] | None = None
 
@@ -163,6 +290,7 @@ class ChatRequest(_Request, kw_only=True):
         super().check(vocabulary_size)
         for place, message in enumerate(self.messages):
             message.check(f"messages[{place}]")
+        self._check_results()
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs: true.", param="top_logprobs")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
@@ -171,12 +299,78 @@ class ChatRequest(_Request, kw_only=True):
                 param="max_tokens",
                 hint="Send only max_completion_tokens.",
             )
-        if self.tools or self.functions:
-            raise not_offered("tools" if self.tools else "functions", "Tool calls are not offered.")
-        if self.response_format is not None and self.response_format.type != "text":
-            raise not_offered("response_format", "Only answers of type text are offered.")
+        if self.functions:
+            raise not_offered("functions", "Functions are called by way of tools.")
         if self.modalities not in (None, [], ["text"]):
             raise not_offered("modalities", "Only text is offered.")
+        form, calling = self.form, self.calling
+        schemas = [form] if form else []
+        schemas += [function.arguments for function in calling.functions] if calling else []
+        check_size(schemas)
+        if self.ignore_eos and schemas:
+            raise RequestError("An answer that keeps to a grammar ends when the grammar does.", param="ignore_eos")
+
+    @property
+    def form(self) -> Schema | None:
+        """What the content must keep to, if anything. Raises RequestError."""
+        return None if self.response_format is None else self.response_format.schema()
+
+    @property
+    def calling(self) -> Calling | None:
+        """What the answer may call; None when nothing. Raises RequestError."""
+        choice = self.tool_choice
+        functions = self._functions()
+        if isinstance(choice, ToolChoice):
+            names, required = _chosen(choice)
+            for name in names:
+                if name not in functions:
+                    raise RequestError(f"tool_choice names {name[:64]!r}, which is not in tools.", param="tool_choice")
+            functions = {name: function for name, function in functions.items() if name in names}
+        else:
+            required = choice == "required"
+        if required and not functions:
+            raise RequestError("tool_choice asks for a call, and there are no tools.", param="tool_choice")
+        if choice == "none" or not functions:
+            return None
+        # A call of one function by name is one call.
+        single = isinstance(choice, ToolChoice) and choice.type == "function"
+        return Calling(list(functions.values()), required, self.parallel_tool_calls is not False and not single)
+
+    def definitions(self) -> list[dict[str, Any]]:
+        """The tools that may be called, as chat templates expect them."""
+        calling = self.calling
+        names = {function.name for function in calling.functions} if calling else set()
+        return [
+            {"type": "function", "function": tool.function.plain()}
+            for tool in self.tools or ()
+            if tool.function is not None and tool.function.name in names
+        ]
+
+    def _functions(self) -> dict[str, Callee]:
+        functions: dict[str, Callee] = {}
+        for place, tool in enumerate(self.tools or ()):
+            param = f"tools[{place}]"
+            if tool.type != "function":
+                raise RequestError(f"Tools of type {tool.type[:40]!r} are not offered.", param=f"{param}.type")
+            if tool.function is None:
+                raise RequestError("A tool needs its function.", param=f"{param}.function", code="missing_field")
+            name = tool.function.name
+            if name in functions:
+                raise RequestError(f"Two tools have the name {name!r}.", param=f"{param}.function.name")
+            functions[name] = Callee(name, tool.function.schema(f"{param}.function.parameters"))
+        return functions
+
+    def _check_results(self) -> None:
+        """Raises RequestError for a result of a call that no earlier message made."""
+        made: set[str] = set()
+        for place, message in enumerate(self.messages):
+            made |= {call.id for call in message.tool_calls or ()}
+            if message.role == "tool" and message.tool_call_id not in made:
+                raise RequestError(
+                    "A message of the role tool answers a call of an earlier message.",
+                    param=f"messages[{place}].tool_call_id",
+                    hint="Send the assistant's message with its tool_calls before it.",
+                )
 
     @property
     def limit(self) -> int | None:
@@ -317,13 +511,15 @@ def not_offered(param: str, reason: str) -> RequestError:
     return RequestError(reason, param=param, code="unsupported_parameter", hint=f"Leave out {param}.")
 
 
-def _with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
-    """OpenAI sends the arguments of a call as a JSON string, templates expect the object."""
-    function = call.get("function")
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
-        return call
-    try:
-        arguments = json.loads(function["arguments"])
-    except (ValueError, RecursionError):
-        return call
-    return {**call, "function": {**function, "arguments": arguments}}
+def _chosen(choice: ToolChoice) -> tuple[list[str], bool]:
+    """The names that a tool_choice object allows, and whether it demands a call."""
+    if choice.type == "function" and choice.function is not None:
+        return [choice.function.name], True
+    if choice.type == "allowed_tools" and choice.allowed_tools is not None:
+        allowed = choice.allowed_tools
+        return [tool.function.name for tool in allowed.tools if tool.function], allowed.mode == "required"
+    raise RequestError(
+        f"A tool_choice of type {choice.type[:40]!r} is not offered.",
+        param="tool_choice",
+        hint='Send "none", "auto", "required" or {"type": "function", "function": {"name": "..."}}.',
+    )

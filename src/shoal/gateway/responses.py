@@ -6,7 +6,6 @@ is stored, so answers cannot be fetched or referred to later. What would need st
 
 from __future__ import annotations
 
-import asyncio
 import time
 from contextlib import aclosing
 from typing import Annotated, Any, Literal
@@ -147,8 +146,7 @@ class Responder:
             model = generator.pick(request.model, account)
             chat = request.chat()
             chat.check(model.vocabulary.size)
-            prompts = await asyncio.to_thread(model.chat_prompt, chat)
-            order = generator.order(scope, chat, model, prompts, account)
+            order = await generator.chat_order(scope, chat, model, account)
             headers = {"x-shoal-ignored": ignored_header(ignored)} if ignored else {}
             wording = _Wording(request, order)
             async with generator.metered(order.most_tokens, account, order.trail, scope) as (meter, bill):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from shoal.spec.ids import BlockRange
-from shoal.spec.sampling import Sampled, SamplingParams
+from shoal.spec.sampling import Constraint, Sampled, SamplingParams
 from shoal.swarm.trust import Zones
 
 
@@ -55,10 +55,11 @@ class Served(Protocol):
         max_tokens: int,
         ignore_eos: bool,
         request_id: str,
+        constraint: Constraint | None = None,
         zones: Sequence[Zones] = (),
         on_host: Callable[[str, BlockRange], None] | None = None,
     ) -> AsyncGenerator[Sampled | None, None]:
-        """The answer, token by token.
+        """The answer, token by token, each one that `constraint` allows.
 
         Yields, in this order: at most one None, meaning "admitted, the first token is being computed" (optional; it
         lets a stream send its headers and keep-alives during a long prefill); then every token as it is chosen. The

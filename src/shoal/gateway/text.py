@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 from shoal.gateway.served import Tokenizer
@@ -35,7 +35,9 @@ class Vocabulary:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._special = frozenset(tokenizer.all_special_ids)
+        # all_special_ids has only those with a name of their own (bos_token ...), not for example [TOOL_CALLS].
+        added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
+        self._special = frozenset(tokenizer.all_special_ids) | {id for id, token in added.items() if token.special}
         self._byte_level = _decoder_type(tokenizer) == "ByteLevel"
         self._token_bytes: dict[int, bytes] = {}
         self.size = len(tokenizer)
@@ -52,6 +54,21 @@ class Vocabulary:
             return _ByteStream(self)
         context = [token for token in prompt[-_CONTEXT_TOKENS:] if token not in self._special]
         return _WindowStream(self, context)
+
+    def byte_stream(self, shown: Collection[int] = ()) -> TextStream:
+        """A fresh stream whose text is `token_bytes` and nothing else, as a grammar sees it; special tokens in `shown`
+        are text too. Only a first space is dropped where the tokenizer puts one before every word."""
+        return _ByteStream(self, frozenset(shown), drops_space=not self._byte_level)
+
+    @property
+    def starts_with_space(self) -> bool:
+        """Whether a first word usually has a space before it that is no part of the text (SentencePiece)."""
+        return not self._byte_level
+
+    @property
+    def special(self) -> frozenset[int]:
+        """The tokens that are never text, such as the end of an answer."""
+        return self._special
 
     def is_special(self, token: int) -> bool:
         """True for tokens that are never text, such as the end of an answer."""
@@ -83,14 +100,22 @@ class Vocabulary:
 class _ByteStream:
     """For byte-level tokenizers (GPT-2, Llama 3, Qwen and most others): exact, constant time per token."""
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(
+        self, vocabulary: Vocabulary, shown: frozenset[int] = frozenset(), *, drops_space: bool = False
+    ) -> None:
         self._vocabulary = vocabulary
+        self._shown = shown
+        self._drops_space = drops_space
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
-        if self._vocabulary.is_special(token):
+        if self._vocabulary.is_special(token) and token not in self._shown:
             return ""
-        return self._utf8.decode(self._vocabulary.token_bytes(token))
+        text = self._utf8.decode(self._vocabulary.token_bytes(token))
+        if text and self._drops_space:
+            self._drops_space = False
+            return text.removeprefix(" ")
+        return text
 
     def flush(self) -> str:
         return ""

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -53,6 +54,11 @@ class Worker:
 
         self.submit(function, *args, done=done)
         return await answer
+
+    def report(self, function: Callable[..., Any], *args: Any) -> None:
+        """Have function(*args) called in the event loop, from any thread. Nothing happens when the loop is closed."""
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(function, *args)
 
     def close(self) -> None:
         """Let the thread end after what is queued. Does not wait: a long batch must not hold up a leaving process."""

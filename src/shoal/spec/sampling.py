@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,3 +39,26 @@ class Sampled:
     token: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+
+
+class Constraint(Protocol):
+    """What the grammar of one answer allows as its next token. One object per generation, used by one at a time.
+
+    The work of a step is done in a thread of the constraint's own: `accept` starts it and returns at once.
+    """
+
+    def ready(self, then: Callable[[], None]) -> bool:
+        """True when `mask` will not wait. Otherwise `then` is called once, from another thread, when that is so."""
+        ...
+
+    def mask(self) -> bytes | None:
+        """One bit per token, the lowest of each byte first: set for a token that may come next. None allows all.
+
+        Tokens beyond its end are not allowed. Waits while the step is being computed. Raises ShoalError when the
+        grammar cannot go on.
+        """
+        ...
+
+    def accept(self, token: int) -> None:
+        """`token` was chosen: go on behind it."""
+        ...
