@@ -7,8 +7,10 @@ import secrets
 from collections.abc import Sequence
 from contextlib import closing
 
+from shoal.admin.own import own_node
 from shoal.admin.store import AdminStore, Member
 from shoal.errors import UsageError
+from shoal.net.auditing import audit_log
 from shoal.net.home import Home
 from shoal.net.identity import NODE_LIFETIME, Role, checked_labels, ders_of
 from shoal.wire.enrolment import SECRET_BYTES, Token
@@ -31,6 +33,9 @@ def invite(
             "Nobody could use a token yet: this swarm's admin has not run.", hint="Start `shoal admin` (or `shoal up`)."
         )
     secret = secrets.token_bytes(SECRET_BYTES)
+    # First: a token that is in no log is never made.
+    book = audit_log(home, own_node(home, "admin", "admin"))
+    book.append("member.invite", role=role, labels=list(labels), lifetime_s=int(lifetime_s))
     with closing(AdminStore(home.admin_db)) as store:
         store.invite(secret, role, labels, now=now, lifetime_s=lifetime_s)
     return Token(address, hashlib.sha256(root_der).digest(), secret)
@@ -50,4 +55,9 @@ def revoke(home: Home, node: str, *, reason: str, now: float) -> tuple[Member, b
         member = store.find(node)
         # Records restored from a backup may not know its newest certificate.
         not_after = max(member.not_after, now + NODE_LIFETIME.total_seconds())
-        return member, store.revoke(member.node, reason=reason, not_after=not_after, now=now)
+        was_new = store.revoke(member.node, reason=reason, not_after=not_after, now=now)
+    # Behind it: a log that cannot be written must not keep anybody in.
+    if was_new:
+        book = audit_log(home, own_node(home, "admin", "admin"))
+        book.append("member.revoke", node=member.node, role=member.role, reason=reason)
+    return member, was_new

@@ -28,6 +28,8 @@ from shoal.admin.limits import Attempts
 from shoal.admin.own import reissued
 from shoal.admin.store import AdminStore
 from shoal.errors import Full, Refused, ShoalError, UsageError
+from shoal.manifest.canonical import Json
+from shoal.net.auditing import audit_log
 from shoal.net.home import Home, SwarmFile
 from shoal.net.identity import (
     NODE_LIFETIME,
@@ -100,6 +102,7 @@ class AdminService:
         self._admin = home.node("admin")
         self._context = self._admin.enrolment_context()
         self._store = AdminStore(home.admin_db)
+        self._log_book = audit_log(home, self._admin)
         # SQLite waits for the disk: not on the loop that carries other people's sessions.
         self._records = ThreadPoolExecutor(1, thread_name_prefix="admin records")
         self._revoked_version = 0
@@ -183,6 +186,8 @@ class AdminService:
             raise Refused(NOT_ACCEPTED)
         cert_pem = certify(self._issuer, invite.role, key, labels=invite.labels, lifetime=self._lifetime)
         peer = await self._remember(cert_pem)
+        # No entry, no member: nobody comes in unseen.
+        await self._audit("member.join", peer, address=address)
         _log.info("%s joined from %s", peer, address)
         return Enrolled(list(ders_of(cert_pem)), self._issuer.swarm, self._seeds)
 
@@ -204,6 +209,11 @@ class AdminService:
         key = key_of_certificate(conn.certificate)
         cert_pem = certify(self._issuer, peer.role, key, labels=peer.labels, lifetime=self._lifetime)
         await self._remember(cert_pem)
+        try:
+            await self._audit("member.renew", peer)
+        except ShoalError as error:
+            # It gives nobody a right that is new; a broken log must not wither the swarm.
+            _log.error("a renewal is not in the audit log: %s", error)
         _log.info("the certificate of %s was renewed", peer)
         return list(ders_of(cert_pem))
 
@@ -234,6 +244,7 @@ class AdminService:
             self._admin = await self.renew_own(self._admin)
             self._context = self._admin.enrolment_context()
             self.home.save_node("admin", self._admin)
+            self._log_book = audit_log(self.home, self._admin)
             self._on_renewed(self._admin)
             await self._record(lambda: self._store.retell(now=now))
         version, nodes = await self._record(self._store.revocations)
@@ -250,6 +261,11 @@ class AdminService:
         peer, until = peer_of_pem(cert_pem), x509.load_pem_x509_certificate(cert_pem).not_valid_after_utc.timestamp()
         await self._record(lambda: self._store.certified(peer, until, now=self._clock()))
         return peer
+
+    async def _audit(self, kind: str, peer: Peer, **fields: str) -> None:
+        """Write an entry of the home's audit log; it is on the disk afterwards."""
+        entry: dict[str, Json] = {"labels": list(peer.labels), "node": peer.node, "role": peer.role, **fields}
+        await self._record(lambda: self._log_book.append(kind, **entry))
 
     async def _record(self, work: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._records, work)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from shoal.gateway.server import TlsFiles
     from shoal.net.home import Home
     from shoal.net.identity import NodeIdentity
+    from shoal.net.seed import Seed
+    from shoal.net.tls import TlsTransport
     from shoal.swarm.trust import Zones
     from shoal.wire.messages import WireType
 
@@ -32,6 +36,11 @@ if TYPE_CHECKING:
     help="Model directory or hub id to answer for, by default under its own name; may be repeated.",
 )
 @click.option("--listen", default="127.0.0.1:8080", show_default=True, help="HOST:PORT of the API; port 0: any.")
+@click.option(
+    "--swarm-listen",
+    default=None,
+    help="HOST:PORT where members may meet; on the admin's machine the gateway is then the admin too.",
+)
 @click.option("--tls-cert", type=click.Path(path_type=Path), default=None, help="PEM certificate for HTTPS.")
 @click.option("--tls-key", type=click.Path(path_type=Path), default=None, help="PEM key of that certificate.")
 @click.option("--host", "hosts", multiple=True, help="Name by which the API is addressed; default: the certificate's.")
@@ -67,7 +76,7 @@ def gateway(token: str | None, as_json: bool, **options: Any) -> int:
     plan = _plan(home, options)
     identity = _identity(home, token, options["labels"])
     process.set_up_logging()
-    process.run(_run(home, identity, plan, as_json))
+    process.run(_run(home, identity, plan, options["swarm_listen"], as_json))
     return 0
 
 
@@ -186,7 +195,7 @@ def _identity(home: Home, token: str | None, labels: tuple[str, ...]) -> NodeIde
     )
 
 
-async def _run(home: Home, identity: NodeIdentity, plan: Plan, as_json: bool) -> None:
+async def _run(home: Home, identity: NodeIdentity, plan: Plan, swarm_listen: str | None, as_json: bool) -> None:
     """Take part in the swarm's registry, and answer, until told to stop."""
     from shoal.cli import answering, process
     from shoal.net.seed import Seed
@@ -208,15 +217,52 @@ async def _run(home: Home, identity: NodeIdentity, plan: Plan, as_json: bool) ->
     process.on_stop(stop.set, with_parent=False)
     transport = TlsTransport(identity)
     seed = Seed(identity)
-    work = [
-        asyncio.create_task(seed.directory.rounds(transport, home.read().seeds), name="gossip"),
-        asyncio.create_task(answering.answer(plan, seed, transport, identity.peer.node, announce), name="answers"),
-    ]
-    stopped = asyncio.create_task(stop.wait())
-    await asyncio.wait([*work, stopped], return_when=asyncio.FIRST_COMPLETED)
-    stopped.cancel()
-    for task in work:
-        task.cancel()
-    for ended in await asyncio.gather(*work, return_exceptions=True):
-        if isinstance(ended, Exception):
-            raise ended
+    async with _met_at(home, seed, transport, swarm_listen) as seeds:
+        work = [
+            asyncio.create_task(seed.directory.rounds(transport, seeds), name="gossip"),
+            asyncio.create_task(answering.answer(plan, seed, transport, identity.peer.node, announce), name="answers"),
+        ]
+        stopped = asyncio.create_task(stop.wait())
+        await asyncio.wait([*work, stopped], return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        for task in work:
+            task.cancel()
+        for ended in await asyncio.gather(*work, return_exceptions=True):
+            if isinstance(ended, Exception):
+                raise ended
+
+
+@asynccontextmanager
+async def _met_at(
+    home: Home, seed: Seed, transport: TlsTransport, swarm_listen: str | None
+) -> AsyncIterator[Sequence[str]]:
+    """Renews the gateway's certificate, and with an address to listen on takes other nodes' gossip; on the admin's
+    machine it is then the admin too. Yields the seeds to begin with."""
+    from shoal.admin.attach import in_good_standing
+    from shoal.net.renewal import renew_in_background
+    from shoal.net.transport import Address
+
+    seeds = home.read().seeds
+    if swarm_listen is None:
+        renewing = renew_in_background(home, "gateway", transport, seed.directory, seeds)
+        try:
+            yield seeds
+        finally:
+            renewing.cancel()
+        return
+    wanted = Address.parse(swarm_listen if swarm_listen.startswith("tcp://") else f"tcp://{swarm_listen}")
+    if wanted.is_wildcard:
+        raise UsageError(
+            f"{swarm_listen} is no address that others could be told.", hint="Give one address of this machine."
+        )
+    listener = await transport.listen(str(wanted), seed.on_conn)
+    others = [address for address in seeds if address != listener.address]
+    join = Address(wanted.host, wanted.port + 1) if wanted.port else None
+    try:
+        seed.announce([listener.address])
+        async with in_good_standing(
+            home, "gateway", seed, transport, address=listener.address, seeds=others, join=join
+        ):
+            yield others
+    finally:
+        await listener.close()
