@@ -112,6 +112,14 @@ class PolicyUnmet(ShoalError):
     http_status = 503
 
 
+class NoSuchNode(ShoalError):
+    """No live node of the swarm goes by that id."""
+
+    code = "no_such_node"
+    exit_code = 3
+    http_status = 404
+
+
 class NotEnoughRoom(ShoalError):
     """The machines are too few or too small for the model; the message says by how much."""
 

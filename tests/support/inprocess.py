@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -14,13 +15,16 @@ from shoal.client.driver import Driver, DriverConfig
 from shoal.compute.facts import describe
 from shoal.compute.head import HeadEngine
 from shoal.compute.split import build_ends
+from shoal.net.identity import Role
 from shoal.net.memory import MemoryNetwork, MemoryTransport
 from shoal.net.seed import Seed
+from shoal.net.transport import Conn
 from shoal.net.worker import Worker
 from shoal.server.node import BlockServer, ServerConfig
 from shoal.spec.ids import BlockRange
 from shoal.spec.sampling import Sampled, SamplingParams
 from shoal.swarm.session import Recovered, SessionConfig
+from shoal.wire.messages import Record
 from support.networks import certified, identity
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -84,26 +88,38 @@ class InProcess:
 
     async def add(self, *spans: str, cache_tokens: int = 1024, labels: Sequence[str] = ()) -> list[str]:
         """Start a server for each span "START:END"; their node ids, once all are online."""
-        nodes = []
-        for span in spans:
-            server = identity("server", labels=labels)
-            node = server.peer.node
-            config = ServerConfig(
-                self._model_dir,
-                ANY_PORT,
-                (self._listener.address,),
-                blocks=BlockRange.parse(span),
-                memory_bytes=1 << 28,
-                cache_tokens=cache_tokens,
-                labels=server.peer.labels,
-            )
-            running = BlockServer(config, server, MemoryTransport(self._network, certified(server)))
-            self.servers[node] = Running(running, asyncio.create_task(running.run(), name=f"server {span}"))
-            nodes.append(node)
-        await self._seed.wait_for(
-            lambda records: set(nodes) <= {record.node for record in records if record.state == "online"}
-        )
+        nodes = [
+            self.start(blocks=BlockRange.parse(span), cache_tokens=cache_tokens, labels=tuple(labels)) for span in spans
+        ]
+        await self.states(dict.fromkeys(nodes, "online"))
         return nodes
+
+    def start(self, labels: tuple[str, ...] = (), **fields: Any) -> str:
+        """Start a server with these fields of its ServerConfig; its node id."""
+        server = identity("server", labels=labels)
+        node = server.peer.node
+        values: dict[str, Any] = {"memory_bytes": 1 << 28, "cache_tokens": 1024, "labels": server.peer.labels}
+        config = ServerConfig(self._model_dir, ANY_PORT, (self._listener.address,), **(values | fields))
+        running = BlockServer(config, server, MemoryTransport(self._network, certified(server)))
+        self.servers[node] = Running(running, asyncio.create_task(running.run(), name=f"server {node}"))
+        return node
+
+    async def states(self, wanted: Mapping[str, str]) -> list[Record]:
+        """Wait until these nodes are in these states; the registry then."""
+        return await self._seed.wait_for(
+            lambda records: wanted.items() <= {record.node: record.state for record in records}.items()
+        )
+
+    def record(self, node: str) -> Record:
+        """What the registry says of a node."""
+        found = self._seed.directory.view.get(node)
+        assert found is not None
+        return found
+
+    async def dial(self, role: Role, node: str) -> Conn:
+        """A connection of a new node of this role to a server."""
+        transport = MemoryTransport(self._network, certified(identity(role)))
+        return await transport.dial(self.record(node).addresses)
 
     def unplug(self, node: str) -> None:
         """Take a machine off the network: its connections break and nobody can reach it any more."""

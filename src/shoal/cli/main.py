@@ -24,6 +24,9 @@ COMMANDS: dict[str, Entry] = {
     "invite": Entry("shoal.cli.invite:invite", "Print a token with which one machine may join, once."),
     "revoke": Entry("shoal.cli.revoke:revoke", "Throw a node out: its connections are cut within seconds, for good."),
     "join": Entry("shoal.cli.join:join", "Host blocks of a model for a swarm, until Ctrl-C."),
+    "drain": Entry(
+        "shoal.cli.drain:drain", "Ask a server to leave: it hands its sessions over, or finishes them, and ends."
+    ),
     "status": Entry("shoal.cli.status:status", "Show who hosts which blocks; exit code 3 when some are missing."),
     "gateway": Entry("shoal.cli.gateway:gateway", "Answer the API for a swarm until Ctrl-C."),
     "keys": Entry("shoal.cli.keys:keys", "API keys of this machine's gateway."),

@@ -13,13 +13,18 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from shoal.client.driver import Driver, Pooling
 from shoal.client.sessions import OnHost
+from shoal.compute.facts import ModelFacts
 from shoal.errors import ModelError
 from shoal.net.directory import Directory
 from shoal.spec.ids import BlockRange
 from shoal.spec.sampling import Constraint, Sampled, SamplingParams
+from shoal.swarm.balance import next_move
+from shoal.swarm.placement import ModelNeeds
 from shoal.swarm.routing import coverage, missing_blocks, policy_unmet
 from shoal.swarm.trust import Zones, allowed, ends_unmet, written
 from shoal.wire.messages import Record
+
+_ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerFast:
@@ -176,10 +181,29 @@ class SwarmModel:
             "missing": missing,
             "servers": servers,
             "driver": self._driver.statistics(),
-            "explain": [*self.placement_reasons, *self._explain_zones()],
+            "explain": [*self.placement_reasons, *self._explain_places(), *self._explain_zones()],
             "zones": written(self.zones),
             "labels": sorted(self._labels),
         }
+
+    def _explain_places(self) -> list[str]:
+        """Why each server is where it is, in its own words, and whether one should be elsewhere."""
+        facts = self._driver.facts
+        records = [
+            record
+            for record in self._directory.live()
+            if record.role == "server"
+            and (record.serves == facts.name or (record.span is not None and record.span.model == facts.name))
+        ]
+        lines = []
+        for record in records:
+            span = record.span
+            place = f"hosts blocks {span.start}:{span.end}" if span is not None and span.end else "hosts nothing"
+            if record.reason:
+                lines.append(f"{record.node} {place} ({record.state}): {record.reason}")
+        if any(record.serves for record in records):
+            lines.append(f"balance: {next_move(records, facts.name, _needs(facts, records)).text}")
+        return lines
 
     def _explain_zones(self) -> list[str]:
         """What the model's trust zone leaves to each server, and why it is refused when it cannot be met."""
@@ -198,6 +222,16 @@ class SwarmModel:
             policy_unmet(records, facts.name, facts.num_blocks, self.zones),
         )
         return lines + [f"requests are refused: {refusal}" for refusal in refusals if refusal is not None]
+
+
+def _needs(facts: ModelFacts, records: Sequence[Record]) -> ModelNeeds:
+    """What the blocks take on the servers that are there (the most precise format counts)."""
+    itemsize = max((_ITEMSIZE[record.dtype] for record in records), default=4)
+    return ModelNeeds(
+        block_bytes=tuple(params * itemsize for params in facts.block_params),
+        kv_bytes_per_block_token=facts.kv_params_per_token * itemsize,
+        legal_cuts=facts.legal_cuts,
+    )
 
 
 def _describe(record: Record, driven: int) -> dict[str, Any]:
@@ -220,4 +254,8 @@ def _describe(record: Record, driven: int) -> dict[str, Any]:
         "driven": driven,
         "labels": list(record.labels),
         "wire_error": record.wire_error,
+        "busy": round(record.busy, 3),
+        "threads": record.threads,
+        "free": bool(record.serves),
+        "reason": record.reason,
     }

@@ -12,11 +12,15 @@ def model_name(model_dir: Path) -> str:
     return f"{model_dir.resolve().name.lower()[:200]}@{fingerprint(model_dir)}"
 
 
-def fingerprint(model_dir: Path) -> str:
-    """12 hex digits over the configuration and every weight file's header and size.
+SAMPLES = 32
+SAMPLE_BYTES = 4096
 
-    Tells other models and other precisions apart without reading gigabytes; it is no proof against a forger, who is
-    kept out by certificates.
+
+def fingerprint(model_dir: Path) -> str:
+    """12 hex digits over the configuration and every weight file's header, size, and samples of its numbers.
+
+    Tells other models, other precisions and a model's fine-tuned descendants apart without reading gigabytes; it is no
+    proof against a forger, who is kept out by certificates.
     """
     digest = hashlib.sha256()
     config = json.loads((model_dir / "config.json").read_text())
@@ -26,5 +30,9 @@ def fingerprint(model_dir: Path) -> str:
         with file.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
             digest.update(stream.read(min(size, 64 * 1024 * 1024)))
-        digest.update(str(file.stat().st_size).encode())
+            end = file.stat().st_size
+            for sample in range(SAMPLES):
+                stream.seek(8 + size + (end - 8 - size) * sample // SAMPLES)
+                digest.update(stream.read(SAMPLE_BYTES))
+        digest.update(str(end).encode())
     return digest.hexdigest()[:12]

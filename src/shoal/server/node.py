@@ -64,8 +64,10 @@ LOOK_S = 1.0
 """How often a server looks whether it should be elsewhere, and what its machine's owner does."""
 MEET_S = 1.0
 """How long one that joins waits for word of others before it takes itself for the first."""
-SETTLE_S = 1.5
-"""How long those who join together wait for each other's records before they choose, in turn."""
+SETTLE_S = 2.5
+"""How long those who join together wait for each other's records before they choose, in turn. More than twice a round
+of gossip, in which word of one comes to the other: so either one knows of the other before it chooses, or the other
+knows what was chosen. (Should both take the same nevertheless, one moves: see swarm.balance.)"""
 PATIENT_DRAIN_S = 900.0
 """A server that an admin drains gives its sessions this long; a stop signal gives them drain_s."""
 PLANNED_CACHE_TOKENS = 4096
@@ -362,11 +364,12 @@ class BlockServer:
         assert self._tuner is not None
         deadline = time.perf_counter() + _TUNE_S
         hidden = torch.randn(1, self._facts.hidden_size, dtype=self._config.dtype, device=self._device)
-        position = 128
+        self._engine.open(session, blocks, 128)
+        position = 0
         while not self._tuner.settled and time.perf_counter() < deadline:
             if position == 128:
                 self._engine.close(session)
-                self._engine.open(session, blocks, position)
+                self._engine.open(session, blocks, 128)
                 position = 0
             start = time.perf_counter()
             self._engine.run([compute.Work(session, position, 1)], hidden)
