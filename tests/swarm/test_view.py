@@ -15,7 +15,7 @@ from support.signing import revocations, signed, toy_view
 
 from shoal.sim.keys import ToyKeys
 from shoal.swarm.view import FORGET_S, MAX_LEASE_S, MAX_NODES, MAX_REFUSED, View, digest_key
-from shoal.wire.messages import MAX_META_BYTES, Record, Signed, Sync
+from shoal.wire.messages import MAX_META_BYTES, AuditHead, Record, Signed, Sync
 
 
 def nodes(records: list[Record]) -> list[str]:
@@ -46,6 +46,20 @@ def test_the_highest_number_wins_in_any_order() -> None:
     view = toy_view("a")
     assert view.merge([signed(restarted), signed(new), signed(old)], now=0.0) == ["b"]
     assert view.get("b") == restarted
+
+
+def test_an_audit_log_that_goes_back_is_remembered_also_across_a_restart() -> None:
+    def at(seq: int, fill: bytes, **fields: Any) -> Signed:
+        return signed(record("b", audit=AuditHead(seq, fill * 32), **fields))
+
+    view = toy_view("a")
+    view.merge([at(5, b"x", version=1)], now=0.0)
+    view.merge([at(9, b"y", version=2)], now=1.0)
+    view.merge([signed(record("b", incarnation=2, version=0))], now=2.0)  # it starts anew, and has not looked yet
+    assert view.rolled_back == {}
+    view.merge([at(5, b"x", incarnation=2, version=1)], now=3.0)
+    view.merge([at(10, b"z", incarnation=2, version=2)], now=4.0)
+    assert view.rolled_back == {"b": (AuditHead(9, b"y" * 32), AuditHead(5, b"x" * 32))}
 
 
 def test_a_record_dies_one_lease_after_its_number_last_grew() -> None:

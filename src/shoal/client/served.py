@@ -184,6 +184,7 @@ class SwarmModel:
             "explain": [*self.placement_reasons, *self._explain_places(), *self._explain_zones()],
             "zones": written(self.zones),
             "labels": sorted(self._labels),
+            "audit_rolled_back": sorted(self._directory.view.rolled_back),
         }
 
     def _explain_places(self) -> list[str]:

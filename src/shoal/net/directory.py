@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import logging
 import random
 import secrets
 import time
@@ -22,6 +23,8 @@ from shoal.net.transport import Transport
 from shoal.swarm import gossip
 from shoal.swarm.view import View
 from shoal.wire.messages import Message, Record, Revocations, Signed, Sync
+
+log = logging.getLogger("shoal.net")
 
 LEASE_S = gossip.SMALL.lease_s
 """What a record is made with; in a larger swarm `publish` writes another one."""
@@ -181,7 +184,10 @@ class Directory:
     def on_sync(self, message: Sync, peer: str) -> list[Sync]:
         """Merge what `peer` sent; the answers to send back."""
         before = self.view.changes, self.view.revoked_version
+        known = len(self.view.rolled_back)
         answers = self.view.on_sync(message, peer, time.monotonic())
+        if len(self.view.rolled_back) > known:
+            self._warn_of_rollback()
         own = self.view.get(self.node)
         if self.record is not None and own is not None and own is not self.record:
             self.record = own  # an earlier life of ours was heard of, and outnumbered
@@ -191,6 +197,13 @@ class Directory:
         if self.view.changes != before[0]:
             self._on_change()
         return answers
+
+    def _warn_of_rollback(self) -> None:
+        node, (was, now) = list(self.view.rolled_back.items())[-1]
+        log.warning(
+            "the audit log of %s was rolled back or replaced: it was at entry %d (%s), then at %d (%s)",
+            *(node, was.seq, was.hash.hex()[:16], now.seq, now.hash.hex()[:16]),
+        )
 
     def _cut_off(self) -> None:
         if self._transport is not None:

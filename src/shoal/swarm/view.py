@@ -31,7 +31,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from shoal.wire.messages import MAX_META_BYTES, Record, Revocations, Signed, Sync
+from shoal.wire.messages import MAX_META_BYTES, AuditHead, Record, Revocations, Signed, Sync
 
 Number = tuple[int, int]
 """(incarnation, version)"""
@@ -134,6 +134,11 @@ class View:
         self.revoked_version = 0
         self.revocations: Signed | None = None
         """The list that `revoked` comes from, as its admin signed it."""
+        self.rolled_back: dict[str, tuple[AuditHead, AuditHead]] = {}
+        """Nodes whose audit log lost entries that they had announced: (where it had been, where it was then). Kept for
+        as long as the node is known here; the first time counts."""
+        self._audit_heads: dict[str, AuditHead] = {}
+        """The furthest end of each node's audit log that was announced."""
         self._forget_s = forget_s
         self._max_nodes = max_nodes
         self._entries: dict[str, _Entry] = {}
@@ -352,10 +357,23 @@ class View:
             self.changes += 1
         key = old.key if old is not None else digest_key(record.node)
         self._entries[record.node] = _Entry(record, signed, chain, key, grew_at_s)
+        self._compare_audit(record)
         self._numbers[key] = (record.incarnation, record.version)
+
+    def _compare_audit(self, record: Record) -> None:
+        """A log only grows, and its writer's records come in their order, so an earlier end is a lost one."""
+        head, furthest = record.audit, self._audit_heads.get(record.node)
+        if head is None:
+            return
+        if furthest is None or head.seq > furthest.seq:
+            self._audit_heads[record.node] = head
+        elif head != furthest:
+            self.rolled_back.setdefault(record.node, (furthest, head))
 
     def _forget(self, node: str) -> None:
         del self._numbers[self._entries.pop(node).key]
+        self._audit_heads.pop(node, None)
+        self.rolled_back.pop(node, None)
 
     def _outnumber(self, number: Number, now: float) -> None:
         """Others hold a record from an earlier life of this node (its calendar went back, say): publish a higher
