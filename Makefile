@@ -6,6 +6,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# Other people's clients of the API, in an environment of their own: they need another version of the openai package.
+CLIENTS := $(VENV)/.clients
+CLIENT_TESTS := tests/gateway/clients
 # The pin stands in pyproject.toml only. torch goes in first and by itself: asked for together with the other packages,
 # a resolver may try newer builds before it comes back to the pinned one, gigabytes each.
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
@@ -24,7 +27,7 @@ help: ## list these recipes
 up: $(INSTALLED) ## install on first use, then run a private swarm on this machine until Ctrl-C
 	@exec $(BIN)/shoal up
 
-test: lint types ## everything that CI runs: lint, format, types, all tests
+test: lint types $(CLIENTS) ## everything that CI runs: lint, format, types, all tests
 	@$(BIN)/python -m pytest
 
 check: lint types ## the fast part of `make test`, for before each commit
@@ -47,7 +50,7 @@ format: $(INSTALLED) ## write the formatting that `make lint` asks for
 	@$(BIN)/ruff check --quiet --fix . && $(BIN)/ruff format --quiet .
 
 clean: ## remove .venv and every cache
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(CLIENT_TESTS)/node_modules build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Done once, and again only when pyproject.toml changes. The stamp is written last, so an interrupted install is resumed.
@@ -66,4 +69,13 @@ $(INSTALLED): pyproject.toml
 	@$(PIP) install $(TORCH)
 	@echo "Installing shoal and its other packages ..."
 	@$(PIP) install --quiet --editable '.[dev]'
+	@touch $@
+
+$(CLIENTS): $(INSTALLED) $(CLIENT_TESTS)/requirements.txt $(CLIENT_TESTS)/package-lock.json
+	@echo "Installing other people's clients into $(VENV)/clients, for their tests ..."
+	@$(PYTHON) -m venv $(VENV)/clients
+	@$(VENV)/clients/bin/python -m pip --disable-pip-version-check --no-input install --quiet \
+	  --requirement $(CLIENT_TESTS)/requirements.txt
+	@if command -v npm >/dev/null; then npm ci --prefix $(CLIENT_TESTS) --silent; \
+	  else echo "No npm on this machine: the tests with Vercel's ai-sdk will be skipped."; fi
 	@touch $@

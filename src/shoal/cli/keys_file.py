@@ -60,15 +60,13 @@ def _begins(account: Account, text: str) -> bool:
 
 def note_in_log(home: Home, kind: str, account: Account) -> None:
     """Into the audit log, signed by this machine's admin or gateway. Raises ShoalError when it cannot be written."""
-    from shoal.manifest.chain import AuditLog
+    from shoal.net.auditing import note
 
-    name = next((name for name in ("admin", "gateway") if home.has_node(name)), None)
-    if name is None:
+    if not (home.has_node("admin") or home.has_node("gateway")):
         output.note("This is in no audit log: no admin and no gateway of a swarm is here yet.")
         return
-    identity = home.node(name)
     about = {name: value for name, value in described(account).items() if name not in ("created", "revoked")}
-    AuditLog(home.path, identity.sign, identity.peer.node, identity.chain_der).append(kind, **about)
+    note(home, kind, about)
 
 
 def described(account: Account) -> dict[str, Any]:

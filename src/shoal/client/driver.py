@@ -25,7 +25,6 @@ import torch
 from shoal.client.sessions import Handle, OnHost, Sessions
 from shoal.compute.activations import to_numpy, to_torch
 from shoal.compute.facts import ModelFacts
-from shoal.compute.final import embedding_size, final_states
 from shoal.compute.head import HeadEngine
 from shoal.compute.sampling import Sampler
 from shoal.errors import ContextTooLong, NotFinite, ShoalError, UsageError
@@ -101,7 +100,7 @@ class Driver:
         """`labels` are those in this node's own certificate: a trust zone may demand one of the embedding and head."""
         self.facts = facts
         self.tokens = 0
-        self.embedding_size = embedding_size(head.ends)
+        self.embedding_size = head.embedding_size
         self._head = head
         self._config = config or DriverConfig()
         self._worker = worker
@@ -273,7 +272,7 @@ class Driver:
         """The compute thread's part: the sum of the final states of some rows, float32 [E]."""
         ends = self._head.ends
         hidden = to_torch(tensors.decode_native(rows.tensor, rows.data), ends.dtype, ends.device)
-        return final_states(ends, hidden).sum(0)
+        return self._head.final(hidden).sum(0)
 
     # --- head and sampling -----------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ Letters: R rows, H hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -58,6 +59,17 @@ class HeadEngine:
         if self.row_tile is None:
             return self.ends.logits(hidden.unsqueeze(0))[0]
         return self._tiled(hidden, self.row_tile)
+
+    @torch.inference_mode()
+    def final(self, hidden: Tensor) -> Tensor:
+        """Final norm without the head, for embeddings: hidden [R, H] -> [R, E] in float32."""
+        hidden = hidden.to(device=self.ends.device, dtype=self.ends.dtype)
+        return self.ends.final(hidden.unsqueeze(0))[0].float()
+
+    @cached_property
+    def embedding_size(self) -> int:
+        """Values in a row of `final`."""
+        return self.final(torch.zeros(1, self.ends.hidden_size)).shape[1]
 
     def _tiled(self, hidden: Tensor, tile: RowTile) -> Tensor:
         """Exact mode's head: hidden [R, H] -> [R, V], a tile at a time."""

@@ -337,6 +337,19 @@ class Ends:
             self._doorway.outgoing = None
         return logits
 
+    def final(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The decoder's own output as its family defines it (`last_hidden_state`): final norm, and a projection where
+        there is one. hidden [B, T, H] -> [B, T, E]; E is H for nearly all families."""
+        batch, length, _ = hidden.shape
+        rows = hidden.reshape(batch * length, 1, -1)
+        # As in `_after_layers`: the embeddings only say shape, dtype and device.
+        self._doorway.outgoing = rows
+        try:
+            states: torch.Tensor = self._decoder(inputs_embeds=torch.zeros_like(rows), use_cache=False)[0]
+        finally:
+            self._doorway.outgoing = None
+        return states.reshape(batch, length, -1)
+
     @torch.no_grad()
     def _find_return_form(self) -> Callable[[torch.Tensor], Any]:
         """How this family's layers return the hidden state: the first form that yields logits of the right shape."""
