@@ -60,6 +60,22 @@ def test_rows_of_several_sessions_are_embedded_as_each_session_alone(family: str
     torch.testing.assert_close(rows[3:4], head.embed([5], [30]), atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("family", SHAPES)
+def test_final_states_are_those_of_the_decoder_itself(family: str) -> None:
+    model = build(family)
+    head = HeadEngine(Ends.from_model(model))
+    ids = torch.randint(0, VOCAB, (1, 11), generator=torch.Generator().manual_seed(0))
+    caught: list[torch.Tensor] = []
+    layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 2)
+    layers[-1].register_forward_hook(lambda m, a, out: caught.append(out[0] if isinstance(out, tuple) else out))
+    with torch.inference_mode():
+        expected = model.base_model(ids).last_hidden_state[0]
+    found = head.final(caught[0].reshape(11, -1))
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    assert head.embedding_size == expected.shape[1]
+    assert found.dtype == torch.float32
+
+
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("family", SHAPES)
 def test_the_head_gives_the_models_logits_and_its_greedy_choice(family: str, exact: bool) -> None:

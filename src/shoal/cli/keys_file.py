@@ -60,13 +60,14 @@ def _begins(account: Account, text: str) -> bool:
 
 def note_in_log(home: Home, kind: str, account: Account) -> None:
     """Into the audit log, signed by this machine's admin or gateway. Raises ShoalError when it cannot be written."""
-    from shoal.net.auditing import note
+    from shoal.net.auditing import audit_log
 
-    if not (home.has_node("admin") or home.has_node("gateway")):
+    name = next((name for name in ("admin", "gateway") if home.has_node(name)), None)
+    if name is None:
         output.note("This is in no audit log: no admin and no gateway of a swarm is here yet.")
         return
     about = {name: value for name, value in described(account).items() if name not in ("created", "revoked")}
-    note(home, kind, about)
+    audit_log(home, home.node(name)).append(kind, **about)
 
 
 def described(account: Account) -> dict[str, Any]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from shoal.client.driver import Driver, Pooling
@@ -43,10 +43,10 @@ def read_pooling(model_dir: Path) -> Pooling:
     "last" where it says nothing. Raises ModelError for a way that is not offered."""
     path = model_dir / "1_Pooling" / "config.json"
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
+        said = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     except FileNotFoundError:
         return "last"
-    except (OSError, ValueError) as error:
+    except (OSError, msgspec.DecodeError) as error:
         raise ModelError(f"Cannot read {path}: {error}", hint="Copy or download the model again.") from None
     modes = {name for name, value in said.items() if name.startswith("pooling_mode_") and value is True}
     modes |= {f"pooling_mode_{said['pooling_mode']}"} if "pooling_mode" in said else set()
