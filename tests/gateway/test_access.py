@@ -85,6 +85,7 @@ def test_a_forwarded_request_is_not_from_this_machine(tmp_path: Path, header: di
         ("evil.example", 403),
         ("localhost.evil.example", 403),
         ("localhost@evil.example", 403),
+        ("localhost:80@evil.example", 403),
         ("127.0.0.1.evil.example:8000", 403),
         ("[::1", 403),
         ("", 403),

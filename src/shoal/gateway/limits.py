@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from shoal.gateway.errors import RequestError, error_response
 
 FAREWELL_S = 1.0
 """So long a client may take to hear that its answer was broken off."""
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]@/]*)(?::[0-9]{1,5})?")
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 
@@ -175,8 +177,6 @@ class HostCheck:
 
 
 def _host_name(scope: Scope) -> str:
-    """The Host header without its port, in lower case; empty when there is none."""
-    host = Headers(scope=scope).get("host", "").lower()
-    if host.startswith("["):
-        return host[: host.find("]") + 1]
-    return host.partition(":")[0]
+    """The Host header without its port, in lower case; empty when there is none, or when it is more than that."""
+    match = _HOST.fullmatch(Headers(scope=scope).get("host", "").lower())
+    return match[1] if match else ""
