@@ -19,7 +19,7 @@ from support.messages import step
 from support.networks import FAST, OverTls, Relay, authority, identity, issuer, run
 
 from shoal.errors import PeerLost, ProtocolError, Refused, UsageError
-from shoal.net import tls
+from shoal.net import strangers
 from shoal.net.identity import NodeIdentity, certify, issue_node
 from shoal.net.tls import TlsTransport
 from shoal.net.transport import Address, Conn, Heartbeat
@@ -231,7 +231,7 @@ def test_a_member_that_never_reads_its_answers_is_cut() -> None:
 
 def test_strangers_that_stall_are_dropped_and_do_not_keep_members_out(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
-        monkeypatch.setattr(tls, "_MAX_HANDSHAKES", 4)
+        monkeypatch.setattr(strangers, "MAX_HANDSHAKES", 4)
         impatient = dataclasses.replace(FAST, greeting_timeout_s=0.2)
         listener = await TlsTransport(identity("server"), impatient).listen(ANY_PORT, hold)
         target = Address.parse(listener.address)
@@ -247,6 +247,43 @@ def test_strangers_that_stall_are_dropped_and_do_not_keep_members_out(monkeypatc
             assert answer == b"" or faults(answer)
         assert conn.is_open
         await conn.close()
+        await listener.close()
+
+    run(scenario)
+
+
+def test_a_thousand_that_dawdle_do_not_hold_up_one_who_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        monkeypatch.setattr(strangers, "MAX_WAITING", 20)
+        listener = await TlsTransport(identity("server"), FAST).listen(ANY_PORT, hold)
+        target = Address.parse(listener.address)
+        dawdlers = [await asyncio.open_connection(target.host, target.port) for _ in range(60)]
+        for _, writer in dawdlers[30:]:
+            writer.write(b"\x16\x03\x01\x02\x00half a ClientHello")
+        conn = await TlsTransport(identity("gateway"), FAST).dial([listener.address], timeout_s=2.0)
+        assert conn.is_open
+        # Those who came first had to leave for those who came last.
+        assert await dawdlers[0][0].read() == b""
+        await conn.close()
+        for _, writer in dawdlers:
+            writer.transport.abort()
+        await listener.close()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    "said", [b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\xff\xff", b"\x16\x03\x01\x00\x00", b"\x17\x03\x03\x00\x01x"]
+)
+def test_what_is_no_client_hello_is_hung_up_on_at_once(said: bytes) -> None:
+    async def scenario() -> None:
+        listener = await TlsTransport(identity("server"), FAST).listen(ANY_PORT, hold)
+        target = Address.parse(listener.address)
+        reader, writer = await asyncio.open_connection(target.host, target.port)
+        writer.write(said)
+        async with asyncio.timeout(2.0):  # well before the greeting would be given up
+            assert await reader.read() == b""
+        writer.close()
         await listener.close()
 
     run(scenario)

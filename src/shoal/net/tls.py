@@ -21,10 +21,11 @@ from typing import Any
 from shoal.errors import PeerLost, Refused, ShoalError, UsageError
 from shoal.net.connection import Conn, ConnProtocol, ConnSettings
 from shoal.net.identity import NodeIdentity, Peer, peer_of_certificate
+from shoal.net.strangers import Places, WaitingRoom
 from shoal.net.transport import Acceptor, Address, OnConn
 
-_MAX_HANDSHAKES = 64
-"""Strangers that may be in a handshake at once; the rest wait in the kernel's backlog of this many more."""
+_BACKLOG = 128
+"""Connections that the kernel has accepted and we have not looked at."""
 _SHUTDOWN_TIMEOUT_S = 1.0
 _ACCEPT_RETRY_S = 0.1
 _KERNEL_UNSENT_BYTES = 128 * 1024
@@ -151,7 +152,8 @@ class TlsListener:
         self._address = str(Address(host, sock.getsockname()[1]))
         self._transport = transport
         self._settings = settings
-        self._handshakes = asyncio.Semaphore(_MAX_HANDSHAKES)
+        self._room = WaitingRoom(self._ready, patience_s=settings.greeting_timeout_s)
+        self._places = Places()
         self._acceptor = Acceptor(on_conn)
         self._acceptor.spawn(self._accept())
 
@@ -162,25 +164,33 @@ class TlsListener:
     async def close(self) -> None:
         """See Listener.close."""
         try:
+            await self._room.close()
             await self._acceptor.close()
         finally:
             self._sock.close()
 
     async def _accept(self) -> None:
         while True:
-            await self._handshakes.acquire()
-            try:
-                sock, _ = await accepted(self._sock)
-            except BaseException:
-                self._handshakes.release()
-                raise
-            if self._acceptor.is_full:
-                self._handshakes.release()
-                sock.close()
-            else:
-                self._acceptor.admit(self._handshake(sock))
+            sock, _ = await accepted(self._sock)
+            self._room.enter(sock)
+
+    def _ready(self, sock: socket.socket) -> None:
+        if self._acceptor.is_full:
+            sock.close()
+        else:
+            self._acceptor.admit(self._handshake(sock))
 
     async def _handshake(self, sock: socket.socket) -> Conn:
+        begun = False
+        try:
+            async with self._places:
+                begun = True
+                return await self._shake(sock)
+        finally:
+            if not begun:  # from then on the socket is the connection's, which may still have a last word to say
+                sock.close()
+
+    async def _shake(self, sock: socket.socket) -> Conn:
         conn, protocol, context = self._transport.accept()
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
@@ -197,8 +207,6 @@ class TlsListener:
         except BaseException:
             conn.abort()
             raise
-        finally:
-            self._handshakes.release()
         return conn
 
 
@@ -236,7 +244,7 @@ async def bind(address: Address) -> socket.socket:
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(sockaddr)
-            sock.listen(_MAX_HANDSHAKES)
+            sock.listen(_BACKLOG)
             sock.setblocking(False)
         except BaseException:
             sock.close()
