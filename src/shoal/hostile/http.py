@@ -31,7 +31,6 @@ from shoal.swarm.trust import Zones
 
 MODEL = "plain"
 LIMITS = Limits(body_timeout_s=0.2, head_timeout_s=0.2, idle_timeout_s=0.2, send_timeout_s=0.5, shutdown_s=1.0)
-_CHARS = [*map(chr, range(32, 127)), *map(chr, range(161, 290))][:256]
 
 
 class Letters:
@@ -55,7 +54,7 @@ class Letters:
         return bytes(token for token in token_ids if token < 256).decode(errors="replace")
 
     def convert_ids_to_tokens(self, ids: int) -> str | None:
-        return _CHARS[ids] if 0 <= ids < 256 else "</s>"
+        return f"<0x{ids:02X}>" if 0 <= ids < 256 else "</s>"
 
 
 class Parrot:
