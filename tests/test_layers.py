@@ -73,7 +73,7 @@ LAYERS = {
         ("spec", "net", "admin", "manifest"), "the parts it starts are child processes", never=("torch", "transformers")
     ),
     "hostile": Layer(
-        ("spec", "wire", "swarm", "net", "gateway"),
+        ("spec", "wire", "swarm", "manifest", "net", "gateway"),
         "it attacks what strangers and members reach; nothing that serves may need it",
         never=("torch", "transformers"),
     ),

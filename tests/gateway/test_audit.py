@@ -8,12 +8,14 @@ from typing import Any
 
 import openai
 import pytest
-from support.auditlog import files, log_of, put, verdict
+from support.auditlog import log_of, verdict
 from support.gateway import Gateway, Given, Hold, eventually, running
 
 from shoal.errors import PolicyUnmet, SwarmIncomplete
 from shoal.gateway.limits import Limits
+from shoal.hostile.edits import files_of, put_files
 from shoal.manifest.chain import Entry
+from shoal.spec.ids import BlockRange
 
 CHAIN = (Given("n1", "0:4"), Given("n2", "4:8"))
 
@@ -124,16 +126,26 @@ def test_every_kind_of_request_is_in_the_log(gateway: Gateway, home: Path) -> No
 def test_a_log_that_cannot_be_written_stops_answers_until_it_can(gateway: Gateway, home: Path) -> None:
     gateway.chatty.does(*CHAIN, 5, 6, 7, 8)
     asked(gateway)
-    before = files(home)
+    before = files_of(home)
     asked(gateway)
-    good = files(home)
-    put(home, before)  # somebody rolls the log back under the running gateway
+    good = files_of(home)
+    put_files(home, before)  # somebody rolls the log back under the running gateway
     with pytest.raises(openai.InternalServerError):
         asked(gateway)
     calls = len(gateway.chatty.calls)
     with pytest.raises(openai.InternalServerError):
         asked(gateway)
     assert len(gateway.chatty.calls) == calls  # the second one was refused before anything was computed
-    put(home, good)
+    put_files(home, good)
     asked(gateway)
     assert verdict(home).whole
+
+
+def test_who_gets_inputs_after_the_answer_is_in_the_log_too(gateway: Gateway, home: Path) -> None:
+    """As when a server's work is computed again on another one, to compare the two."""
+    gateway.chatty.does(*CHAIN, 5, 6, 7, 8)
+    asked(gateway)
+    on_host = gateway.chatty.calls[-1].on_host
+    assert on_host is not None
+    gateway._loop.call_soon_threadsafe(on_host, "n9", BlockRange(0, 4))
+    assert eventually(lambda: entries(home)[-1].data["hosts"] == [["n9", "0:4"]])

@@ -6,8 +6,9 @@ import threading
 from pathlib import Path
 
 import pytest
-from support.auditlog import files, log_of, put, verdict
+from support.auditlog import log_of, verdict
 
+from shoal.hostile.edits import files_of, put_files
 from shoal.manifest.chain import AuditBroken, Head
 from shoal.manifest.writer import AuditWriter
 
@@ -44,9 +45,9 @@ def test_what_waits_is_written_before_the_writer_ends(tmp_path: Path) -> None:
 def test_a_log_that_was_changed_fails_every_entry_that_waits(tmp_path: Path) -> None:
     log = log_of(tmp_path)
     log.append("a")
-    older = files(tmp_path)
+    older = files_of(tmp_path)
     log.append("b")
-    put(tmp_path, older)
+    put_files(tmp_path, older)
     writer = AuditWriter(log)
     for _ in range(2):
         with pytest.raises(AuditBroken):

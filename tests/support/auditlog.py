@@ -33,20 +33,3 @@ def log_of(folder: Path, node: NodeIdentity | None = None, **options: Any) -> Au
 
 def verdict(folder: Path, **options: Any) -> Verdict:
     return verify(folder, check, **options)
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    """What there is to tamper with."""
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "audit.lock"}
-
-
-def put(folder: Path, content: dict[str, bytes]) -> None:
-    """Make the folder hold exactly these files."""
-    for path in folder.iterdir():
-        if path.name not in content and path.name != "audit.lock":
-            path.unlink()
-    for name, data in content.items():
-        path = folder / name
-        if not path.exists() or path.read_bytes() != data:
-            path.touch(mode=0o600)
-            path.write_bytes(data)
