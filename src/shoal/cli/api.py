@@ -40,12 +40,12 @@ class Api:
     def __exit__(self, *_: object) -> None:
         self._client.close()
 
-    def get(self, path: str) -> Any:
+    def get(self, path: str, query: dict[str, str] | None = None) -> Any:
         """The JSON answer of a GET. Raises ShoalError."""
         import httpx
 
         try:
-            response = self._client.get(self.base + path)
+            response = self._client.get(self.base + path, params=query or None)
         except httpx.TransportError as error:
             raise self._unreachable() from error
         self._check(response)

@@ -10,20 +10,24 @@ from shoal.cli import output
 
 
 @click.command("status")
+@click.option("--model", default=None, help="One of several models; default: all that the key may use.")
 @click.option("--explain", is_flag=True, help="Say why the blocks lie where they lie.")
 @click.option("--api", default=None, help="Base URL; default: SHOAL_API, else the running `shoal up`.")
 @click.option("--key", default=None, envvar="SHOAL_KEY", help="API key; default: SHOAL_KEY, else as for --api.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def status(explain: bool, api: str | None, key: str | None, as_json: bool) -> int:
+def status(model: str | None, explain: bool, api: str | None, key: str | None, as_json: bool) -> int:
     """Show who hosts which blocks; exit code 3 when some are missing."""
     from shoal.cli.api import Api
 
     with Api.of_running_swarm(api, key) as swarm:
-        found = swarm.get("/shoal/status")
+        found = swarm.get("/shoal/status", {} if model is None else {"model": model})
     if as_json:
         output.answer_json(found)
     else:
-        _show(found, explain)
+        for place, each in enumerate(found.get("models", [found])):
+            if place:
+                output.answer("")
+            _show(each, explain)
     return 0 if found["covered"] else 3
 
 
