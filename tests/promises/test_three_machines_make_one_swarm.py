@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,7 @@ class Walk:
 
     def join(self, machine: Machine, *flags: str) -> tuple[Process, dict[str, Any]]:
         """A server on this machine, once it is online."""
-        options = ("--serve", str(DEMO), "--memory", "1GiB", "--exact", "--json", *flags)
+        options = ("--serve", str(DEMO), "--memory", "1GiB", "--threads", "1", "--exact", "--json", *flags)
         process = self.start(machine, "join", self.invite("--role", "server"), *options)
         return process, json.loads(process.line())
 
@@ -58,9 +57,7 @@ class Walk:
         return dict(json.loads(self.one.run("status", *self.api, "--json", code=None)))
 
     def generate(self) -> Process:
-        return self.start(
-            self.one, "generate", "--prompt", PROMPT, "--max-tokens", str(TOKENS), *self.api, "--json"
-        )
+        return self.start(self.one, "generate", "--prompt", PROMPT, "--max-tokens", str(TOKENS), *self.api, "--json")
 
     def stop(self) -> None:
         for process in reversed(self.processes):
@@ -90,12 +87,12 @@ def test_three_machines_answer_as_one_and_lose_admin_and_servers_without_a_chang
     walk: Walk, reference: Reference
 ) -> None:
     walk.join(walk.two, "--blocks", "0:4")
-    left, told = walk.join(walk.three, "--blocks", "4:8")
+    walk.join(walk.three, "--blocks", "4:8")
     walk.gateway()
     until(walk.covered, "every block is covered")
 
     # A spare on the first machine chooses for itself what it hosts; one machine can hold all of this model.
-    _, spare = walk.join(walk.one)
+    walk.join(walk.one)
     until(lambda: len(walk.status()["servers"]) == 3, "the gateway knows the spare")
 
     answer = walk.generate()

@@ -60,7 +60,9 @@ class Machine:
             cwd=self.folder,
             timeout=PATIENCE_S,
         )
-        assert code is None or done.returncode == code, f"{command} ended with {done.returncode}: {done.stdout}\n{done.stderr}"
+        assert code is None or done.returncode == code, (
+            f"{command} ended with {done.returncode}: {done.stdout}\n{done.stderr}"
+        )
         return done.stdout
 
 

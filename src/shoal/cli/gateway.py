@@ -72,11 +72,13 @@ def gateway(token: str | None, as_json: bool, **options: Any) -> int:
     from shoal.cli import process
     from shoal.net.home import Home, home_path
 
+    process.block_and_never_spin()
     home = Home(home_path(options["swarm_dir"]))
     plan = _plan(home, options)
-    identity = _identity(home, token, options["labels"])
-    process.set_up_logging()
-    process.run(_run(home, identity, plan, options["swarm_listen"], as_json))
+    with process.only_one(home.node_dir("gateway")):
+        identity = _identity(home, token, options["labels"])
+        process.set_up_logging()
+        process.run(_run(home, identity, plan, options["swarm_listen"], as_json))
     return 0
 
 
@@ -244,6 +246,7 @@ async def _met_at(
 
     seeds = home.read().seeds
     if swarm_listen is None:
+        seed.announce([])  # it takes no connections; what it has to say (the head of its audit log) it says itself
         renewing = renew_in_background(home, "gateway", transport, seed.directory, seeds)
         try:
             yield seeds

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 @click.option("--advertise", default=None, help="HOST:PORT at which others reach this machine; default: as --listen.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda:N.")
+@click.option("--exact", is_flag=True, help="fp32 numbers that do not depend on other sessions.")
 @click.option("--cache-tokens", type=int, default=None, help="Cache for all sessions; default: what memory allows.")
 @click.option("--name", default="server", show_default=True, help="This node's name here; for a second one, another.")
 @click.option("--swarm-dir", type=click.Path(path_type=Path), default=None, help="Keep keys here.")

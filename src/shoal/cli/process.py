@@ -23,6 +23,9 @@ WAIT_QUIETLY = {
     "GOMP_SPINCOUNT": "0",
     "KMP_BLOCKTIME": "0",
     "TOKENIZERS_PARALLELISM": "false",
+    # Huge pages for large tensors, and no warnings about models that are loaded in part: see launch/children.py.
+    "THP_MEM_ALLOC_ENABLE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
 }
 """What makes the OpenMP libraries block: the standard's own variable, GNU's and Intel's."""
 

@@ -29,6 +29,7 @@ def plan(
     advertise: str | None,
     dtype: str,
     device: str,
+    exact: bool,
     cache_tokens: int | None,
 ) -> ServerConfig:
     """The server that the options of `shoal join` describe, still without seeds.
@@ -58,6 +59,7 @@ def plan(
         device=device,
         memory_bytes=memory_bytes,
         cache_tokens=cache_tokens,
+        exact=exact,
         threads=number_of_threads(threads),
         advertise=None if advertise is None else str(address(advertise)),
         free=span is None,
