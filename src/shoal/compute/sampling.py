@@ -137,18 +137,18 @@ def sample_batch(logits: Tensor, samplers: Sequence[Sampler]) -> list[Sampled]:
     best, tokens = adjusted.max(dim=-1)  # the first of equal ones, like argmax; NaN wins every comparison
     _check_finite(range(len(samplers)), best)
     chosen = tokens.tolist()
-    constrained, allowed = _allowed(samplers, adjusted)
-    if constrained:
-        # Looked at before this point as well: NaN where nothing is allowed would go unnoticed.
-        fitting = adjusted[constrained].masked_fill(~allowed, -math.inf)
-        best, tokens = fitting.max(dim=-1)
-        _check_finite(constrained, best)
-        for row, token in zip(constrained, tokens.tolist(), strict=True):
-            chosen[row] = token
-        adjusted = adjusted.index_copy(0, torch.tensor(constrained, device=adjusted.device), fitting)
+    fitting = _fitting(adjusted, samplers)
+    for row, logits_left in fitting.items():
+        # The whole row was looked at as well: NaN where nothing is allowed would go unnoticed.
+        best, likeliest = logits_left.max(dim=-1)
+        _check_finite([row], best.unsqueeze(0))
+        chosen[row] = int(likeliest)
     drawing = [row for row, sampler in enumerate(samplers) if not sampler.greedy]
     if drawing:
-        rows = adjusted if len(drawing) == len(samplers) else adjusted[drawing]
+        rows = adjusted if len(drawing) == len(samplers) and not fitting else adjusted[drawing]
+        for place, row in enumerate(drawing):
+            if row in fitting:
+                rows[place] = fitting[row]
         for row, token in zip(drawing, _draw(rows, [samplers[row] for row in drawing]), strict=True):
             chosen[row] = token
     results = _with_logprobs(logits, samplers, chosen)
@@ -164,16 +164,18 @@ def _check_finite(rows: Sequence[int], best: Tensor) -> None:
         raise BadLogits(bad)
 
 
-def _allowed(samplers: Sequence[Sampler], logits: Tensor) -> tuple[list[int], Tensor]:
-    """The rows that have a constraint now, and which tokens it allows them: C rows, bool [C, V]."""
-    masks = [(row, s.constraint.mask()) for row, s in enumerate(samplers) if s.constraint is not None]
-    rows = [row for row, mask in masks if mask is not None]
-    bits = np.zeros((len(rows), logits.shape[1]), dtype=bool)
-    for place, mask in enumerate(mask for _, mask in masks if mask is not None):
-        whole = np.unpackbits(np.frombuffer(mask, dtype=np.uint8), bitorder="little")
-        fitting = whole[: logits.shape[1]]
-        bits[place, : len(fitting)] = fitting
-    return rows, torch.from_numpy(bits).to(logits.device)
+def _fitting(logits: Tensor, samplers: Sequence[Sampler]) -> dict[int, Tensor]:
+    """The rows that have a constraint now: their logits [V] with -inf for every token that it does not allow."""
+    fitting = {}
+    for row, sampler in enumerate(samplers):
+        mask = None if sampler.constraint is None else sampler.constraint.mask()
+        if mask is not None:
+            bits = np.unpackbits(~np.frombuffer(mask, dtype=np.uint8), bitorder="little")[: logits.shape[1]]
+            forbidden = torch.from_numpy(bits).view(torch.bool).to(logits.device)
+            fitting[row] = logits[row].clone()
+            fitting[row][: len(bits)].masked_fill_(forbidden, -math.inf)
+            fitting[row][len(bits) :] = -math.inf
+    return fitting
 
 
 def _adjusted(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:

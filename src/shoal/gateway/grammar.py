@@ -67,6 +67,11 @@ class Schema:
     strict: bool
     param: str
 
+    @property
+    def refers(self) -> bool:
+        """Whether it may refer to parts of itself."""
+        return '"$ref"' in json.dumps(self.value)
+
     def rule(self) -> str:
         """The schema as a rule's body. Raises RequestError for what is refused before anything is compiled."""
         _check(self.value, self.strict, self.param)

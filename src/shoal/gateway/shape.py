@@ -54,9 +54,10 @@ class Shape:
             return None
         schemas = [self.form] if self.form else []
         schemas += [callee.arguments for callee in self.calling.functions] if self.calling else []
-        if len(schemas) > 1:
-            # One by one: a part that nothing fits would otherwise be a dead end in the middle of an answer.
-            for schema in schemas:
+        # A schema that refers to itself without end compiles. By itself it allows no token, which is noticed; as a part
+        # it would be a dead end in the middle of an answer.
+        for schema in schemas:
+            if schema.refers:
                 grammars.check(schema)
         return grammars.compile("\n".join(_Rules(self, grammars).lines()), schemas)
 
