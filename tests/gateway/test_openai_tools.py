@@ -333,6 +333,19 @@ def test_a_call_and_its_result_can_be_sent_back_to_every_model(
         assert '"Rome"' in prompt_of(models[name])
 
 
+@pytest.mark.parametrize(("name", "told"), [("hermes", None), ("described", "described")])
+def test_a_header_says_when_the_template_knew_no_tools(
+    client: openai.OpenAI, models: dict[str, ScriptedModel], name: str, told: str | None
+) -> None:
+    for stream in (False, True):
+        create = client.chat.completions.with_raw_response.create
+        answer = create(model=name, messages=ASK, tools=TOOLS, stream=stream)
+        assert answer.headers.get("x-shoal-tools") == told
+        answer.http_response.close()
+    answer = client.chat.completions.with_raw_response.create(model=name, messages=ASK)
+    assert "x-shoal-tools" not in answer.headers
+
+
 def test_tool_choice_none_means_no_calls_and_no_tools_in_the_prompt(
     client: openai.OpenAI, models: dict[str, ScriptedModel]
 ) -> None:

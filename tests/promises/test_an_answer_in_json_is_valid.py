@@ -38,6 +38,11 @@ def ask(client: openai.OpenAI, swarm: Swarm, **fields: Any) -> Any:
     return client.chat.completions.create(**{"model": swarm.model, "messages": ASK, "max_tokens": 400, **fields})
 
 
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: not is_running(pid), "the end of a killed server")
+
+
 def test_by_a_schema_at_every_temperature(swarm: Swarm) -> None:
     with swarm.client() as client:
         for fields in ({"temperature": 0}, {"temperature": 0.8, "seed": 1}, {"temperature": 2, "seed": 2}):
@@ -76,11 +81,11 @@ def test_beside_answers_that_are_not_held_to_anything_and_stay_what_they_are(swa
 
             async def one(**fields: Any) -> str:
                 create: Any = client.chat.completions.create
-                answer = await create(model=swarm.model, messages=ASK, max_tokens=120, temperature=0, **fields)
+                answer = await create(model=swarm.model, messages=ASK, temperature=0, **fields)
                 return answer.choices[0].message.content
 
-            free = [one() for _ in range(3)]
-            held = [one(response_format=FORM) for _ in range(3)]
+            free = [one(max_tokens=120) for _ in range(3)]
+            held = [one(max_tokens=400, response_format=FORM) for _ in range(3)]
             texts = await asyncio.gather(*free, *held)
             return list(texts[:3]), [json.loads(text) for text in texts[3:]]
 
@@ -103,13 +108,12 @@ def test_also_when_a_server_is_killed_in_the_middle(swarm: Swarm) -> None:
     fields: Any = {"response_format": form, "temperature": 0.8, "seed": 5, "max_tokens": 1200}
     with swarm.client() as client:
         undisturbed = ask(client, swarm, **fields).choices[0].message.content
-        text, killed = "", 0
+        text, killed = "", False
         for chunk in ask(client, swarm, stream=True, **fields):
             text += chunk.choices[0].delta.content or ""
             if len(text) > 60 and not killed:
-                killed = swarm.busy(1)["pid"]
-                os.kill(killed, signal.SIGKILL)
-                until(lambda: not is_running(killed), "the end of a killed server")
+                kill(swarm.busy(1)["pid"])
+                killed = True
     assert text == undisturbed
     assert killed
     jsonschema.validate(json.loads(text), long)

@@ -232,7 +232,10 @@ class _Delivery:
 
     @property
     def headers(self) -> dict[str, str]:
-        return {"x-shoal-ignored": ignored_header(self.ignored)} if self.ignored else {}
+        headers = {"x-shoal-ignored": ignored_header(self.ignored)} if self.ignored else {}
+        calls = self.order.shape.calls
+        # Native or described changes how well a model calls, so that whoever wonders can see it.
+        return headers if calls is None or calls.native else {**headers, "x-shoal-tools": "described"}
 
 
 async def _answer(delivery: _Delivery, meter: RequestMeter, limits: Limits, send: Send) -> None:
