@@ -130,13 +130,18 @@ def test_a_log_that_cannot_be_written_stops_answers_until_it_can(gateway: Gatewa
     asked(gateway)
     good = files_of(home)
     put_files(home, before)  # somebody rolls the log back under the running gateway
-    with pytest.raises(openai.InternalServerError):
-        asked(gateway)
-    calls = len(gateway.chatty.calls)
-    with pytest.raises(openai.InternalServerError):
-        asked(gateway)
+    calls = len(gateway.chatty.calls) + 1
+    for _ in range(2):
+        with pytest.raises(openai.InternalServerError) as caught:
+            asked(gateway)
+        assert (caught.value.status_code, caught.value.code) == (503, "audit_unavailable")
+        assert "home" not in str(caught.value)
     assert len(gateway.chatty.calls) == calls  # the second one was refused before anything was computed
+    with gateway.http() as http:
+        assert http.get("/ready").status_code == 503
     put_files(home, good)
+    with gateway.http() as http:
+        assert http.get("/ready").status_code == 200
     asked(gateway)
     assert verdict(home).whole
 

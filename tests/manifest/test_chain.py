@@ -41,6 +41,22 @@ def test_several_writers_of_one_home_make_one_chain(tmp_path: Path) -> None:
     assert found.entries == 7 + 3  # and the certificates of three writers, each once
 
 
+def test_a_writer_repairs_what_another_one_left_when_it_was_killed(tmp_path: Path) -> None:
+    ours, other = log_of(tmp_path), log_of(tmp_path, identity("admin"))
+    ours.append("a")
+    before = files_of(tmp_path)
+    other.append_all([("b", {}), ("c", {})])
+    after = files_of(tmp_path)
+    new = after["audit.jsonl"][len(before["audit.jsonl"]) :]
+    with (tmp_path / "audit.jsonl").open("r+b") as file:  # the same file: cut off in the middle of the write
+        file.truncate(len(before["audit.jsonl"]) + new.index(b"\n") + 20)
+    (tmp_path / "audit.head").write_bytes(before["audit.head"])
+    ours.append("d")
+    found = verdict(tmp_path)
+    assert found.whole, found.bad
+    assert "unfinished entries" in found.notes[0]
+
+
 def test_a_log_goes_on_in_a_new_part_and_stays_one_chain(tmp_path: Path) -> None:
     log = log_of(tmp_path, part_bytes=3000)
     for number in range(30):

@@ -66,7 +66,8 @@ def create_app(
     metrics.watch(lambda: {name: served.coverage() for name, served in models.items()})
     offered = {name: OfferedModel(served) for name, served in models.items()}
     quotas = Quotas(accounts)
-    generator = Generator(offered, limits, metrics, Gate(limits.requests), quotas, audit or Audit())
+    keeping = audit or Audit()
+    generator = Generator(offered, limits, metrics, Gate(limits.requests), quotas, keeping)
     embedder = Embedder(generator)
     responder = Responder(generator)
     idempotency = Idempotency(limits)
@@ -92,6 +93,7 @@ def create_app(
         return json_response({"version": __version__})
 
     async def readiness(scope: Scope) -> Response:
+        await keeping.ready()  # also tries whether a log that failed takes entries again
         state = ready_state(_chosen(scope, models))
         if not state.ready:
             return error_response(SwarmIncomplete(state.reason))

@@ -14,8 +14,9 @@ import asyncio
 import logging
 from concurrent.futures import Future
 
-from shoal.errors import PolicyUnmet, UsageError
+from shoal.errors import PolicyUnmet, ShoalError, UsageError
 from shoal.gateway.accounts import Account
+from shoal.gateway.errors import AuditUnavailable
 from shoal.gateway.metrics import RequestMeter
 from shoal.gateway.served import Served
 from shoal.manifest.chain import Head
@@ -45,17 +46,38 @@ class Audit:
         return Trail(self, request_id, account.id, served, (zones,) if zones else ())
 
     async def ready(self) -> None:
-        """After a write that failed, see first whether the log takes entries again. Raises what it raises."""
-        if self._failed and self._writer is not None:
-            await asyncio.wrap_future(self._writer.submit("log.resumed"))
+        """After a write that failed, see first whether the log takes entries again. Raises AuditUnavailable."""
+        if self._failed:
+            await self.written(self.submit("log.resumed"))
             self._failed = False
 
     def submit(self, kind: str, /, **data: object) -> Future[Head] | None:
+        """Write an entry; None when nobody keeps any. Raises AuditUnavailable when too many wait."""
         if self._writer is None:
             return None
-        future = self._writer.submit(kind, **data)  # type: ignore[arg-type]
+        try:
+            future = self._writer.submit(kind, **data)  # type: ignore[arg-type]
+        except ShoalError as error:
+            raise self._unavailable(error) from error
         future.add_done_callback(self._note)
         return future
+
+    async def written(self, future: Future[Head] | None) -> None:
+        """Wait until an entry is on the disk. Raises AuditUnavailable."""
+        if future is None:
+            return
+        try:
+            await asyncio.shield(asyncio.wrap_future(future))
+        except (ShoalError, OSError, ValueError) as error:
+            raise self._unavailable(error) from error
+
+    def _unavailable(self, error: Exception) -> AuditUnavailable:
+        # What went wrong names files: it stands in the gateway's log, and callers are told what it means for them.
+        self._failed = True
+        return AuditUnavailable(
+            "The gateway cannot write its audit log, so it answers no requests.",
+            hint="Its operator has to see to that.",
+        )
 
     def _note(self, future: Future[Head]) -> None:
         if not future.cancelled() and (error := future.exception()) is not None:
@@ -102,13 +124,13 @@ class Trail:
             self._waiting.append(future)
 
     async def begun(self) -> None:
-        """Wait until the machines known so far are in the log. Raises what the log raises."""
+        """Wait until the machines known so far are in the log. Raises AuditUnavailable."""
         self._tell()
         await self._written()
 
     async def end(self, meter: RequestMeter) -> None:
         """The last entry, on the disk when this returns: "ok" or the code of an error, and how many tokens. Once; later
-        calls do nothing. Raises what the log raises."""
+        calls do nothing. Raises AuditUnavailable."""
         if self._ended:
             return
         self._ended = True
@@ -128,4 +150,4 @@ class Trail:
     async def _written(self) -> None:
         waiting, self._waiting = self._waiting, []
         for future in waiting:
-            await asyncio.shield(asyncio.wrap_future(future))
+            await self._audit.written(future)

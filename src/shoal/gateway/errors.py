@@ -19,7 +19,7 @@ from shoal.gateway.replies import dumps
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 # Said when an error of this kind brings no time of its own; clients wait at least this long before they try again.
-_RETRY_AFTER_S = {"full": 1.0, "swarm_incomplete": 5.0, "policy_unmet": 30.0}
+_RETRY_AFTER_S = {"full": 1.0, "swarm_incomplete": 5.0, "policy_unmet": 30.0, "audit_unavailable": 30.0}
 
 _PASSING = (408, 409, 429, 503)
 
@@ -45,6 +45,13 @@ class RequestError(UsageError):
         self.headers = dict(headers or {})
 
 
+class AuditUnavailable(ShoalError):
+    """Nothing is computed while nobody could say later who computed it."""
+
+    code = "audit_unavailable"
+    http_status = 503
+
+
 class Interrupted(ShoalError):
     """The gateway stops, or failed, while an answer was running."""
 
@@ -53,7 +60,7 @@ class Interrupted(ShoalError):
 
 def shown_to_callers(error: ShoalError) -> bool:
     """True when the message was written for whoever sent the request."""
-    return isinstance(error, UsageError | Full | SwarmIncomplete | PolicyUnmet)
+    return isinstance(error, UsageError | Full | SwarmIncomplete | PolicyUnmet | AuditUnavailable)
 
 
 def status_of(error: ShoalError) -> int:

@@ -32,7 +32,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from shoal.errors import ShoalError, UsageError
 from shoal.manifest.canonical import Json, canonical, read_canonical
@@ -180,6 +180,9 @@ class AuditLog:
             return
         if known is not None and on_disk is not None and known[0] == on_disk[0] and on_disk[1] < known[1]:
             raise self._broken("audit.jsonl became shorter while it was in use")
+        if self._head is not None and known is not None and on_disk is not None and known[0] == on_disk[0]:
+            self._look_on(self._head, known[1])
+            return
         data = b"" if on_disk is None else self._path.read_bytes()
         end, last = _last_signed(data)
         parts = _parts(self._folder)
@@ -210,6 +213,26 @@ class AuditLog:
             self._repaired = "a head that was behind the log" if head is not None else "no head"
         self._head = last
         self._announced = canonical(list(self._chain)) in data
+        self._seen = _identity(self._path)
+
+    def _look_on(self, known: Head, size: int) -> None:
+        """Read what others have written behind `known` and these many bytes: a gateway and its admin take turns."""
+        with self._path.open("rb") as file:
+            file.seek(size)
+            data = file.read()
+        end, last = _last_signed(data)
+        if last is not None and _prev_of(data) != known.hash.hex():
+            raise self._broken(f"entry {known.seq + 1} does not follow what this process wrote or saw")
+        head = _read_head(self._folder)
+        if head is not None and head.seq > (last or known).seq:
+            raise self._broken(f"audit.head is at entry {head.seq}, the log ends at {(last or known).seq}")
+        self._head = last or known
+        if end < len(data):
+            rest = data[end:]
+            self._repaired = f"{len(rest)} bytes of unfinished entries, sha256 {hashlib.sha256(rest).hexdigest()}"
+            self._cut(size + end)
+        elif head != self._head:
+            self._repaired = "a head that was behind the log"
         self._seen = _identity(self._path)
 
     def _broken(self, what: str) -> AuditBroken:
@@ -290,24 +313,30 @@ def verify(
     current = folder / "audit.jsonl"
     if not (_parts(folder) or current.exists() or _head_path(folder).exists()):
         raise UsageError(f"There is no audit log in {folder}.", hint="Give the swarm's directory: --swarm-dir DIR.")
-    with _locked(folder, reading=True):
-        reading = _Reading(check, frozenset(hashes_of), on_entry)
-        try:
+    reading = _Reading(check, frozenset(hashes_of), on_entry)
+    with contextlib.ExitStack() as stack:
+        # Alone with the log only for as long as it takes to see where it ends: its writers must not wait for us.
+        with _locked(folder, reading=True):
             # Between closing a part and the first entry of the next there is no audit.jsonl; audit.head knows.
-            for part in [*_parts(folder), *([current] if current.exists() else [])]:
-                reading.part(part)
-            reading.end(folder)
+            paths = [*_parts(folder), *([current] if current.exists() else [])]
+            files = [stack.enter_context(path.open("rb")) for path in paths]
+            sizes = [os.fstat(file.fileno()).st_size for file in files]
+            head = _head_path(folder).read_bytes() if _head_path(folder).exists() else None
+        try:
+            for path, file, size in zip(paths, files, sizes, strict=True):
+                reading.part(path.name, file, size)
+            reading.end(head)
         except _Bad as bad:
             reading.bad, reading.bad_seq = str(bad), bad.seq
-        return Verdict(
-            reading.seq,
-            reading.parts,
-            reading.head,
-            reading.bad,
-            reading.bad_seq,
-            tuple(reading.notes),
-            reading.hashes,
-        )
+    return Verdict(
+        reading.seq,
+        reading.parts,
+        reading.head,
+        reading.bad,
+        reading.bad_seq,
+        tuple(reading.notes),
+        reading.hashes,
+    )
 
 
 class _Bad(Exception):
@@ -336,18 +365,18 @@ class _Reading:
         self._open: str | None = None
         """Who has to close the entries since the last signature."""
 
-    def part(self, path: Path) -> None:
+    def part(self, name: str, file: BinaryIO, size: int) -> None:
+        """The first `size` bytes of one file."""
         self.parts += 1
-        name = path.name
         if name != "audit.jsonl" and name != f"audit-{self.seq:012d}.jsonl":
             raise _Bad(f"a part is missing: entry {self.seq} should begin the next one, which is {name}", self.seq)
-        with path.open("rb") as file:
-            number = 0
-            while line := file.readline(MAX_LINE_BYTES + 1):
-                number += 1
-                self._line(line, f"line {number} of {name}")
-            if not number:
-                raise _Bad(f"{name} is empty", self.seq)
+        number = 0
+        while line := file.readline(min(MAX_LINE_BYTES + 1, size)):
+            number += 1
+            size -= len(line)
+            self._line(line, f"line {number} of {name}")
+        if not number:
+            raise _Bad(f"{name} is empty", self.seq)
 
     def _line(self, line: bytes, where: str) -> None:
         entry, body = self._parsed(line, where)
@@ -405,14 +434,12 @@ class _Reading:
     def _wrong(self, where: str, what: str) -> _Bad:
         return _Bad(f"entry {self.seq} ({where}) {what}", self.seq)
 
-    def end(self, folder: Path) -> None:
+    def end(self, text: bytes | None) -> None:
+        """Nothing follows; `text` is audit.head."""
         if self._open is not None:
             raise _Bad(f"the last entries, up to {self.seq - 1}, are not signed", self.seq - 1)
-        try:
-            text = _head_path(folder).read_bytes()
-        except FileNotFoundError:
-            why = "audit.head is gone, so nobody can tell whether entries were cut off the end"
-            raise _Bad(why, self.seq) from None
+        if text is None:
+            raise _Bad("audit.head is gone, so nobody can tell whether entries were cut off the end", self.seq)
         try:
             head = read_canonical(text.removesuffix(b"\n"))
             if set(head) != {"by", "hash", "seq", "sig"} or not text.endswith(b"\n"):
@@ -493,6 +520,14 @@ def _last_signed(data: bytes) -> tuple[int, Head | None]:
             pass
         end = start
     return 0, None
+
+
+def _prev_of(data: bytes) -> str:
+    """What the first line names as the hash of the line before it; empty when it cannot be read."""
+    try:
+        return str(read_canonical(data[: data.index(b"\n")])["prev"])
+    except (ValueError, KeyError, TypeError):
+        return ""
 
 
 def _contains(head: Head, data: bytes, parts: Sequence[Path]) -> bool:
