@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from shoal.wire import codec, messages, tensors
+from shoal.wire import codec, enrolment, messages, tensors
 from shoal.wire.frames import FRAGMENT_BYTES, HEADER_BYTES
 from shoal.wire.messages import Tensor
 
@@ -39,6 +39,14 @@ def test_every_message_has_a_row_that_tells_the_truth(kind: int, cls: Any) -> No
 def test_every_part_of_a_message_has_a_row(cls: Any) -> None:
     (row,) = [row for row in ROWS if row[0] == cls.__name__]
     assert fields(row[1]) == list(cls.__struct_fields__)
+
+
+@pytest.mark.parametrize("cls", [*get_args(enrolment.Question), *get_args(enrolment.Answer)])
+def test_every_message_of_enrolment_has_a_row_that_tells_the_truth(cls: Any) -> None:
+    (row,) = [row for row in ROWS if row[1:2] == [cls.__name__]]
+    assert row[0] == str(cls.__struct_config__.tag)
+    assert fields(row[2]) == list(cls.__struct_fields__)
+    assert f"1 to {enrolment.MAX_MESSAGE_BYTES:,}" in TEXT
 
 
 def test_the_header_of_the_document_is_as_long_as_ours() -> None:

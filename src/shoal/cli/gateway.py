@@ -178,6 +178,7 @@ def _check_names(names: list[str], policies: dict[str, list[Zones]]) -> None:
 def _identity(home: Home, token: str | None, labels: tuple[str, ...]) -> NodeIdentity:
     """This machine's gateway: made with the token, or by the authority that lies here, or the one of an earlier run."""
     from shoal.admin.own import own_node
+    from shoal.cli import process
     from shoal.net.enrol import join
 
     if labels and (token is not None or not home.is_admin):
@@ -186,7 +187,7 @@ def _identity(home: Home, token: str | None, labels: tuple[str, ...]) -> NodeIde
             hint="On the admin's machine: shoal invite --role gateway --label LABEL.",
         )
     if token is not None:
-        return join(token, "gateway", home, "gateway")
+        return join(process.secret(token), "gateway", home, "gateway")
     if home.is_admin:
         return own_node(home, "gateway", "gateway", labels=labels or None)
     if home.has_node("gateway"):

@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 def join(token: str | None, model: str, name: str, swarm_dir: Path | None, as_json: bool, **options: Any) -> None:
     """Host blocks of a model for a swarm, until Ctrl-C.
 
-    TOKEN comes from `shoal invite --role server` and is good once. A machine that has joined before comes back without
-    one, with the certificate it has.
+    TOKEN comes from `shoal invite --role server` and is good once; "-" reads it from standard input. A machine that has
+    joined before comes back without one, with the certificate it has.
     """
     from shoal.cli import process
 
@@ -74,6 +74,7 @@ def join(token: str | None, model: str, name: str, swarm_dir: Path | None, as_js
 
 def _member(token: str | None, home: Any, name: str) -> NodeIdentity:
     """Enter the swarm with a token, or be who we are there already."""
+    from shoal.cli import process
     from shoal.errors import UsageError
     from shoal.net import enrol
     from shoal.net.home import Home
@@ -81,7 +82,7 @@ def _member(token: str | None, home: Any, name: str) -> NodeIdentity:
 
     assert isinstance(home, Home)
     if token is not None:
-        identity = enrol.join(token, "server", home, name)
+        identity = enrol.join(process.secret(token), "server", home, name)
         output.note(f"joined {identity.peer.swarm} as server {identity.peer.node[:8]}")
         return identity
     if not (home.node_dir(name) / "node.pem").is_file():

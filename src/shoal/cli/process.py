@@ -38,6 +38,12 @@ def set_up_logging() -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
+def secret(argument: str) -> str:
+    """A secret given as an argument, or with "-" as a line of standard input: arguments are seen by every user of the
+    machine, as long as the process runs."""
+    return sys.stdin.readline().strip() if argument == "-" else argument
+
+
 def block_and_never_spin() -> None:
     """Let threads that wait for each other sleep: numerical libraries spin by default, which takes the processors from
     whoever else uses this machine, and makes every step slower when somebody does. Before torch is imported: its
