@@ -5,6 +5,8 @@ from __future__ import annotations
 import hmac
 import re
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,6 +70,24 @@ def test_a_revoked_key_is_refused_at_once_also_by_another_process(accounts: Acco
     assert elsewhere.records() == []
     with pytest.raises(UsageError, match="no key"):
         accounts.revoke(account.id)
+
+
+def test_a_revoked_key_is_refused_however_often_the_file_is_opened_and_closed_beside_the_gateway(
+    accounts: Accounts, tmp_path: Path
+) -> None:
+    # As `shoal up` does it in its gateway's own process, and then the commands in theirs.
+    path = tmp_path / "keys.sqlite"
+    key, account = accounts.create("alice")
+    Accounts(path).close()
+    assert accounts.check(key) == account
+    for command in ("records()", "create('bob')", f"revoke({account.id})"):
+        program = (
+            f"from pathlib import Path; from shoal.gateway.accounts import Accounts as A; a = A(Path({str(path)!r}))"
+        )
+        subprocess.run([sys.executable, "-c", f"{program}; a.{command}; a.close()"], check=True)
+        assert (tmp_path / "keys.sqlite-wal").exists(), "the log that this process reads was taken away"
+    assert accounts.check(key) is None
+    assert [record.name for record in accounts.records()] == ["bob"]
 
 
 def test_models_may_be_limited(accounts: Accounts) -> None:

@@ -220,11 +220,20 @@ def _failure(error: sqlite3.DatabaseError, path: Path | None) -> ShoalError:
 
 
 def _private(path: Path) -> None:
-    """Make the file with mode 0600 before SQLite opens it; SQLite gives its journal files the same mode."""
+    """Make the file with mode 0600 before SQLite opens it; SQLite gives its journal files the same mode.
+
+    A file that is there is only looked at: to open and close it would drop this process's locks on it, and another
+    process would then take away the write-ahead log under an admin that is running (gateway/accounts.py has the story).
+    """
     try:
         make_private(path.parent)
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600))
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except FileExistsError:
+        pass
     except OSError as error:
         raise UsageError(f"Cannot open {path}: {error.strerror}.", hint="Choose another directory.") from error
-    if stat.S_IMODE(path.stat().st_mode) & 0o077:
+    mode = path.lstat().st_mode
+    if not stat.S_ISREG(mode):
+        raise UsageError(f"Cannot open {path}: it is a link or no file.", hint="Choose another directory.")
+    if stat.S_IMODE(mode) & 0o077:
         raise UsageError(f"Others may read {path}.", hint=f"chmod 600 {path}")

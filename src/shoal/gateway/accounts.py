@@ -291,10 +291,24 @@ def _account(row: tuple[Any, ...]) -> Account:
 
 
 def _private(path: Path) -> None:
-    """Make the file with mode 0600 before SQLite opens it; SQLite gives its journal files the same mode."""
+    """Make the file with mode 0600 before SQLite opens it; SQLite gives its journal files the same mode.
+
+    A file that is there is only looked at. To open and close it would drop this process's locks on it (POSIX locks
+    belong to the process and the file): the next process that closes it would think itself alone and remove the
+    write-ahead log, and a gateway that is open meanwhile would never see a revoked key.
+    """
     try:
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600))
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except FileExistsError:
+        pass
     except OSError as error:
-        raise UsageError(f"Cannot open the key file {path}: {error.strerror}.", hint="Choose another path.") from error
-    if stat.S_IMODE(path.stat().st_mode) & 0o077:
+        raise _cannot_open(path, error.strerror) from error
+    mode = path.lstat().st_mode
+    if not stat.S_ISREG(mode):
+        raise _cannot_open(path, "it is a link or no file")
+    if stat.S_IMODE(mode) & 0o077:
         raise UsageError(f"Others may read the key file {path}.", hint=f"Run: chmod 600 {path}")
+
+
+def _cannot_open(path: Path, why: str | None) -> UsageError:
+    return UsageError(f"Cannot open the key file {path}: {why}.", hint="Choose another path.")
