@@ -10,6 +10,10 @@ COMMANDS: dict[str, Entry] = {
         "Throw hostile frames and HTTP requests at shoal; exit code 3 when one crashes, hangs or costs memory.",
     ),
     "load": Entry("shoal.cli.bench_load:load", "What a server reads and holds for its share of a model."),
+    "security": Entry(
+        "shoal.cli.bench_security:security",
+        "Attack shoal in many ways and measure what it comes to; exit code 3 when a figure misses its bar.",
+    ),
     "split": Entry(
         "shoal.cli.bench_split:split",
         "Compare cut models with whole ones, family by family; exit code 3 when one misses its bar.",
