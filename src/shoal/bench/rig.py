@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -67,8 +68,9 @@ class Rig:
         await asyncio.gather(*(child.stop(grace_s=3.0) for child in self.children.values()))
         await self._listener.close()
 
-    async def add(self, *spans: str) -> list[str]:
-        """Start one server for each span "START:END" and wait until all are online; returns their node ids."""
+    async def add(self, *spans: str, options: Sequence[str] = ()) -> list[str]:
+        """Start one server for each span "START:END", with further `options` of server-process, and wait until all are
+        online; returns their node ids."""
         nodes: list[str] = []
         for span in spans:
             identity = issue_node(self._authority, "server")
@@ -83,6 +85,7 @@ class Rig:
                     *("--swarm-dir", str(self._dir), "--node", node, "--seed", self._listener.address),
                     *("--model", str(self.model_dir), "--blocks", str(BlockRange.parse(span))),
                     *("--dtype", str(self.dtype).removeprefix("torch."), "--memory", self._memory),
+                    *options,
                 ],
                 self._dir / f"{node}.log",
             )

@@ -24,7 +24,7 @@ from typing import Any
 import httpx
 import torch
 
-from shoal.bench import peer
+from shoal.bench import peer, placing
 from shoal.bench.figures import Figure, at_least, at_most
 from shoal.bench.rig import Rig
 from shoal.client.driver import Driver
@@ -388,4 +388,6 @@ PARTS = {
     "prefill": prefill,
     "stall": stall,
     "batch": batch,
+    "near": placing.near,
+    "relieved": placing.relieved,
 }

@@ -31,6 +31,8 @@ def drain(node: str, reason: str, within: int, swarm_dir: Path | None, as_json: 
     from shoal.wire.messages import Record
 
     home = state.find_home(swarm_dir, on_several=output.note)
+    if not home.has_node("admin"):
+        home.issuer()  # says that this is not the admin's directory, and what to do
     admin = home.node("admin")
     seeds = home.read().seeds
     began, told = time.monotonic(), -1

@@ -73,24 +73,26 @@ def join(token: str | None, model: str, name: str, swarm_dir: Path | None, as_js
 
 
 def _member(token: str | None, home: Any, name: str) -> NodeIdentity:
-    """Enter the swarm with a token, or be who we are there already."""
+    """Enter the swarm with a token, or be who we are there already; the admin's own machine needs none."""
+    from shoal.admin.own import own_node
     from shoal.cli import process
     from shoal.errors import UsageError
     from shoal.net import enrol
     from shoal.net.home import Home
-    from shoal.net.identity import NodeIdentity
 
     assert isinstance(home, Home)
     if token is not None:
         identity = enrol.join(process.secret(token), "server", home, name)
         output.note(f"joined {identity.peer.swarm} as server {identity.peer.node[:8]}")
         return identity
-    if not (home.node_dir(name) / "node.pem").is_file():
+    if home.is_admin:
+        return own_node(home, name, "server")
+    if not home.has_node(name):
         raise UsageError(
             f"This machine is not yet a server called {name} of a swarm (in {home.path}).",
             hint="Get a token with `shoal invite --role server` on the admin's machine, then: shoal join TOKEN ...",
         )
-    identity = NodeIdentity.load(home.node_dir(name))
+    identity = home.node(name)
     output.note(f"back in {identity.peer.swarm} as server {identity.peer.node[:8]}")
     return identity
 
@@ -133,8 +135,10 @@ async def _serve(home: Any, name: str, identity: NodeIdentity, config: ServerCon
 
     process.on_stop(server.stop, with_parent=False)
     renewing = renew_in_background(home, name, transport, server.directory, seeds)
-    await server.run(on_online=announce)
-    renewing.cancel()
+    try:
+        await server.run(on_online=announce)
+    finally:
+        renewing.cancel()
 
 
 def model_of(record: Any) -> str:

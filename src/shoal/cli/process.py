@@ -28,6 +28,8 @@ WAIT_QUIETLY = {
     "TRANSFORMERS_VERBOSITY": "error",
 }
 """What makes the OpenMP libraries block: the standard's own variable, GNU's and Intel's."""
+FOR_LIBRARIES = {"THP_MEM_ALLOC_ENABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+"""As launch/children.py says, for commands that a person starts."""
 
 
 def set_up_logging() -> None:
@@ -49,6 +51,8 @@ def block_and_never_spin() -> None:
     whoever else uses this machine, and makes every step slower when somebody does. Before torch is imported: its
     libraries look once, when they are loaded."""
     os.environ.update(WAIT_QUIETLY)
+    for name, value in FOR_LIBRARIES.items():
+        os.environ.setdefault(name, value)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,9 @@ from shoal.cli import output
 @click.option("--device", default="cpu")
 @click.option("--memory", required=True, help="Memory offered for weights and cache, for example 20GiB.")
 @click.option("--cache-tokens", type=int, default=None)
+@click.option("--free", is_flag=True, help="Leave these blocks for better ones, as servers do that chose theirs.")
+@click.option("--listen", default="tcp://127.0.0.1:0")
+@click.option("--advertise", default=None, help="Address at which others reach it; default: where it listens.")
 @click.option("--exact", is_flag=True, help="fp32 rows keep their bits in any company.")
 def server_process(
     swarm_dir: Path,
@@ -30,6 +33,9 @@ def server_process(
     device: str,
     memory: str,
     cache_tokens: int | None,
+    free: bool,
+    listen: str,
+    advertise: str | None,
     exact: bool,
 ) -> None:
     """Host some blocks of a model (started by `shoal up`)."""
@@ -54,7 +60,9 @@ def server_process(
     identity = home.node(node)
     config = ServerConfig(
         model_dir=model,
-        listen="tcp://127.0.0.1:0",
+        listen=listen,
+        advertise=advertise,
+        free=free,
         seeds=seeds,
         blocks=None if blocks is None else BlockRange.parse(blocks),
         dtype=getattr(torch, dtype),

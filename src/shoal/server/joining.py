@@ -63,6 +63,7 @@ def plan(
         threads=number_of_threads(threads),
         advertise=None if advertise is None else str(address(advertise)),
         free=span is None,
+        own_directory=True,
         idle_only=idle_only,
         neighbour=NeighbourConfig(quiet_for_s=float(back_after)),
     )

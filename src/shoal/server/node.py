@@ -107,8 +107,10 @@ class ServerConfig:
     advertise: str | None = None
     """Address at which others reach it; None: where it listens."""
     free: bool = False
-    """It chooses its blocks itself, and leaves them for better ones. Without it and without `blocks`, the swarm's
-    planner assigns some."""
+    """It chooses its blocks itself (with `blocks`: those only to begin with), and leaves them for better ones. Without
+    it and without `blocks`, the swarm's planner assigns some."""
+    own_directory: bool = False
+    """The model directory is this machine's own copy: before it is served, it is compared with what the swarm has."""
     idle_only: bool = False
     """The machine is borrowed: work only while nobody else uses it."""
     balance: balance.BalanceConfig = field(default_factory=balance.BalanceConfig)
@@ -149,6 +151,8 @@ class BlockServer:
         self._broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._stopping = asyncio.Event()
         self._leave_by: float | None = None
+        self._begun = False
+        """It has had a place before."""
         self._busy = Share()
         self._rebalancer = balance.Rebalancer(self._node, config.balance) if config.free else None
         self._machine = Machine() if config.idle_only else None
@@ -276,13 +280,17 @@ class BlockServer:
         """The blocks to host: given, chosen, or assigned by the swarm's planner."""
         facts, config = self._facts, self._config
         assert facts is not None
-        if config.blocks is not None:
-            return balance.Choice(config.blocks, "these blocks were asked for")
-        if not config.free:
+        if config.blocks is None and not config.free:
             assigned = await self._assigned
             return balance.Choice(BlockRange(assigned.span.start, assigned.span.end), "")
-        await self._meet()
-        facts = self._facts = replace(facts, name=balance.known_as(facts.name, self._directory.live()))
+        if config.free or config.own_directory:
+            await self._meet()
+            facts = self._facts = replace(facts, name=balance.known_as(facts.name, self._directory.live()))
+        begun, self._begun = self._begun, True
+        if config.blocks is not None and not (config.free and begun):
+            if config.free:
+                self._directory.update(serves=facts.name)
+            return balance.Choice(config.blocks, "these blocks were asked for")
         self._directory.update(state="joining", span=None, serves=facts.name, reason="choosing blocks")
         await asyncio.sleep(SETTLE_S)
         return balance.choose(self._directory.live(), self._node, facts.name, self._needs)
