@@ -10,6 +10,7 @@ from shoal.wire.messages import (
     PROTOCOL_VERSION,
     Assign,
     AuditHead,
+    Beat,
     Close,
     Denied,
     Drain,
@@ -71,6 +72,7 @@ RECORD = Record(
 )
 CHAIN = [b"\x30\x03leaf", b"\x30\x05issuer"]
 SIGNED = Signed(msgspec.msgpack.encode(RECORD), b"\x30\x04sign", CHAIN, 1200)
+BEAT = Signed(msgspec.msgpack.encode(Beat(NODE, 1_700_000_000, 7, 8)), b"\x30\x04sign", [], 100)
 REVOKED = Signed(msgspec.msgpack.encode(Revocations(3, [NODE])), b"\x30\x04sign", CHAIN)
 
 
@@ -115,7 +117,7 @@ def samples() -> list[tuple[Message, bytes]]:
         (Relinked(SESSION, 4, 99), b""),
         (Close([SESSION]), b""),
         (Gone([SESSION], "expired", "Not used for 600 s."), b""),
-        (Sync({bytes(range(8)): (1_700_000_000, 7)}, [SIGNED], 2, REVOKED, 3, True), b""),
+        (Sync({bytes(range(8)): (1_700_000_000, 7)}, [SIGNED], 2, REVOKED, 3, True, [BEAT]), b""),
         (Assign(Span("demo", 4, 8), "No live server hosts blocks 4:8."), b""),
         (Drain("The machine is needed elsewhere."), b""),
         (Draining(), b""),

@@ -15,7 +15,7 @@ from support.signing import revocations, signed, toy_view
 
 from shoal.sim.keys import ToyKeys
 from shoal.swarm.view import FORGET_S, MAX_LEASE_S, MAX_NODES, MAX_REFUSED, View, digest_key
-from shoal.wire.messages import MAX_META_BYTES, AuditHead, Record, Signed, Sync
+from shoal.wire.messages import MAX_META_BYTES, AuditHead, Beat, Record, Signed, Sync
 
 
 def nodes(records: list[Record]) -> list[str]:
@@ -181,7 +181,7 @@ def test_certificates_travel_with_the_first_record_of_an_incarnation_only() -> N
     view.merge([signed(record("b", incarnation=3, version=7))], now=0.0)
     key = digest_key("b")
     for known, with_chain in (({}, True), ({key: (2, 9)}, True), ({key: (3, 6)}, False)):
-        (sent,), _ = view.newer_than(known, 0.0)
+        (sent,), _, _ = view.newer_than(known, 0.0)
         assert bool(sent.chain) == with_chain
 
 
@@ -203,6 +203,75 @@ def test_a_message_full_of_forgeries_costs_few_checks() -> None:
     assert isinstance(view.keys, ToyKeys)
     assert view.keys.checks == MAX_REFUSED
     assert view.refused == {"forged": MAX_REFUSED, "flood": 1}
+
+
+# -- renewals -------------------------------------------------------------------------------------------------------
+
+
+def beating(count: int, *, lease_s: float = 5.0) -> View:
+    """Node "b", which renewed the lease of its record `count` times, a second apart."""
+    view = toy_view("b")
+    view.put(record("b", incarnation=1, version=1, lease_s=lease_s), now=0.0)
+    for at in range(1, count + 1):
+        view.renew(float(at))
+    return view
+
+
+def test_a_beat_renews_the_lease_of_a_record_that_is_known_and_costs_a_fifth_of_it() -> None:
+    view, writer = toy_view("a"), beating(0)
+    exchange(view, writer, now=0.0)
+    writer.renew(4.0)
+    messages: list[Sync] = []
+    exchange(view, writer, now=4.0, messages=messages)
+    assert nodes(view.live(8.9)) == ["b"]
+    assert nodes(view.live(9.0)) == []
+    assert all(not message.records for message in messages)
+    ((beat,),) = [message.beats for message in messages if message.beats]
+    assert len(msgspec.msgpack.encode(beat)) < 150
+    assert view.changes == 1, "a renewal is no change"
+
+
+def test_a_newcomer_gets_the_record_and_the_beat_behind_it() -> None:
+    view, writer = toy_view("a"), beating(30)
+    exchange(view, writer, now=30.0)
+    assert nodes(view.live(34.9)) == ["b"]
+    assert view.digest() == writer.digest() == {digest_key("b"): (1, 31)}
+
+
+def test_a_new_record_has_a_higher_number_than_all_beats_of_the_last_one() -> None:
+    view, writer = toy_view("a"), beating(7)
+    exchange(view, writer, now=7.0)
+    writer.put(record("b", incarnation=1, version=2, sessions=9), now=7.5)
+    exchange(view, writer, now=8.0)
+    assert view.live(8.0)[0].sessions == 9
+    assert view.digest() == {digest_key("b"): (1, 9)}
+
+
+def test_beats_of_others_and_of_records_that_are_not_known_change_nothing() -> None:
+    view = toy_view("a")
+    view.merge([signed(record("b", version=4, lease_s=5.0))], now=0.0)
+    false = ToyKeys("mallory").seal(Beat("b", 1, 4, 5))
+    damaged = Signed(ToyKeys("b").seal(Beat("b", 1, 4, 5)).payload, b"x")
+    assert view.merge([], 1.0, [false, damaged, Signed(b"\xc1", b"x")]) == []
+    assert view.refused == {"forged": 2, "malformed": 1}
+    of_another_record = ToyKeys("b").seal(Beat("b", 1, 3, 9))
+    of_nobody = ToyKeys("c").seal(Beat("c", 1, 1, 2))
+    assert view.merge([], 1.0, [of_another_record, of_nobody]) == []
+    assert nodes(view.live(5.0)) == []
+
+
+def test_an_earlier_life_is_outnumbered_by_its_beats_too() -> None:
+    view = toy_view("b")
+    view.put(record("b", incarnation=1, version=3), now=0.0)
+    view.merge([], 0.0, [ToyKeys("b").seal(Beat("b", 1, 1, 40))])
+    own = view.get("b")
+    assert own is not None
+    assert (own.incarnation, own.version) > (1, 40)
+
+
+def test_there_is_nothing_to_renew_before_the_first_record() -> None:
+    with pytest.raises(KeyError):
+        toy_view("a").renew(0.0)
 
 
 # -- revocation -----------------------------------------------------------------------------------------------------
@@ -429,7 +498,10 @@ def test_views_converge_under_loss_duplication_and_reordering(seed: int, count: 
 
     for step in range(30):
         who = rng.randrange(count)
-        views[who].put(record(f"n{who}", incarnation=1, version=step, sessions=step), 0.0)
+        if step % 2 and views[who].get(f"n{who}") is not None:
+            views[who].renew(0.0)
+        else:
+            views[who].put(record(f"n{who}", incarnation=1, version=step, sessions=step), 0.0)
         in_flight.append((who, rng.randrange(count), views[who].sync(0.0)))
         if step % 3 == 0:
             settle(loss)

@@ -33,7 +33,7 @@ def test_every_message_has_a_row_that_tells_the_truth(kind: int, cls: Any) -> No
     "cls",
     [
         *(messages.Tensor, messages.StepItem, messages.Hop, messages.Span),
-        *(messages.Record, messages.AuditHead, messages.Revocations, messages.Signed),
+        *(messages.Record, messages.AuditHead, messages.Beat, messages.Revocations, messages.Signed),
     ],
 )
 def test_every_part_of_a_message_has_a_row(cls: Any) -> None:

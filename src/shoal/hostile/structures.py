@@ -14,7 +14,7 @@ import msgspec
 from msgspec import inspect
 
 from shoal.swarm.view import digest_key
-from shoal.wire.messages import Record, Revocations
+from shoal.wire.messages import Beat, Record, Revocations
 
 SESSIONS = tuple(bytes([number]) * 16 for number in range(3))
 NODES = tuple(f"{number:032x}" for number in range(3))
@@ -43,7 +43,7 @@ NAMED: Stock = {
         digest_key(node): (rng.randint(0, 3), rng.randint(0, 9)) for node in rng.sample(NODES, rng.randint(0, 3))
     },
     "payload": lambda rng: msgspec.msgpack.encode(
-        Maker(rng, wild=0.001).make(Record if rng.random() < 0.9 else Revocations)
+        Maker(rng, wild=0.001).make(rng.choice((Record, Record, Record, Record, Beat, Beat, Revocations)))
     ),
     "chain": lambda rng: [b"certificate"] * rng.randint(1, 2),
     "addresses": lambda rng: [f"tcp://127.0.0.1:{rng.randint(1, 65_535)}"],

@@ -106,11 +106,19 @@ class Directory:
         self._measured_at_s: dict[str, float] = {}
         self._on_change = on_change
         self._on_revoked = on_revoked
+        self.pace = gossip.SMALL
+        """How often this node speaks: as of the last round, from the number of nodes that lived."""
         self._transport: Transport | None = None
-        self._urgent = asyncio.Event()
+        self._wake = asyncio.Event()
+        """A round begins when it is set, and not only when its time has come."""
+        self._push = False
+        """The next round brings the own record along unasked."""
         self._waiting: dict[str, object] = {}
         """Fields of the own record that wait for the next renewal."""
-        self._published_at_s = 0.0
+        self._told_at_s = 0.0
+        """When the own record was signed last."""
+        self._renewed_at_s = 0.0
+        """The same, or when its lease was renewed last."""
         # Only partners of gossip are drawn with it; nothing secret hangs on it.
         self._rng = random.Random(secrets.randbits(64))
 
@@ -120,15 +128,11 @@ class Directory:
         carries it for every node; a second start within one is heard of and outnumbered."""
         return int(time.time())
 
-    @property
-    def pace(self) -> gossip.Pace:
-        """How often this node speaks, from the number of nodes that live."""
-        return gossip.pace(len(self.live()))
-
     def publish(self, record: Record) -> None:
         """Set this node's own record; others hear of it at once."""
         self._put(record)
-        self._urgent.set()
+        self._push = True
+        self._wake.set()
 
     def update(self, **fields: object) -> None:
         """Publish the own record with some fields changed: at once, or, when only figures of load did, as soon as it is
@@ -137,10 +141,11 @@ class Directory:
             raise ValueError("nothing was published yet")
         changed = {name: value for name, value in fields.items() if getattr(self.record, name) != value}
         self._waiting.update(changed)
-        due = time.monotonic() - self._published_at_s >= self.pace.load_s
-        if changed.keys() - _LOAD_FIELDS or (changed and due):
-            self._renew()
-            self._urgent.set()
+        urgent = bool(changed.keys() - _LOAD_FIELDS)
+        if urgent or (changed and self._load_is_due()):
+            self._tell()
+            self._push |= urgent
+            self._wake.set()
 
     def renewed(self, identity: NodeIdentity) -> None:
         """Sign with a renewed certificate of this node from now on."""
@@ -191,7 +196,8 @@ class Directory:
         own = self.view.get(self.node)
         if self.record is not None and own is not None and own is not self.record:
             self.record = own  # an earlier life of ours was heard of, and outnumbered
-            self._urgent.set()
+            self._push = True
+            self._wake.set()
         if self.view.revoked_version != before[1]:
             self._cut_off()
         if self.view.changes != before[0]:
@@ -213,15 +219,31 @@ class Directory:
     def _put(self, record: Record) -> None:
         now = time.monotonic()
         self.record = self.view.put(record, now)
-        self._published_at_s = now
+        self._told_at_s = self._renewed_at_s = now
 
-    def _renew(self) -> None:
-        """Publish the own record with what has changed and a new lease."""
+    def _tell(self) -> None:
+        """Publish the own record with what has changed, and a new lease."""
         assert self.record is not None
         fields, self._waiting = self._waiting, {}
-        pace = self.pace
-        fields |= {"version": self.record.version + 1, "lease_s": pace.lease_s, "rtts": self._rtts(pace.rtts)}
+        fields |= {"lease_s": self.pace.lease_s, "rtts": self._rtts(self.pace.rtts)}
         self._put(msgspec.structs.replace(self.record, **fields))
+
+    def _renew(self) -> None:
+        """A new lease, and the record anew when others should know what has changed."""
+        assert self.record is not None
+        told = dict(self.record.rtts)
+        if (
+            self.record.lease_s != self.pace.lease_s
+            or (self._waiting and self._load_is_due())
+            or any(_differ(rtt_ms, told.get(node)) for node, rtt_ms in self._rtts(self.pace.rtts))
+        ):
+            self._tell()
+        else:
+            self._renewed_at_s = time.monotonic()
+            self.view.renew(self._renewed_at_s)
+
+    def _load_is_due(self) -> bool:
+        return time.monotonic() - self._told_at_s >= self.pace.load_s
 
     def _rtts(self, count: int) -> list[tuple[str, float]]:
         """The shortest round trips that were measured lately."""
@@ -249,9 +271,9 @@ class Directory:
         try:
             while True:
                 rounds.check_admitted()
-                urgent = self._urgent.is_set()
-                self._urgent.clear()
-                rounds.sync(tell=urgent)
+                self._wake.clear()
+                push, self._push = self._push, False
+                rounds.sync(tell=push)
                 await self._until_next_round()
         finally:
             await rounds.close()
@@ -260,12 +282,17 @@ class Directory:
         pace = self.pace
         try:
             async with asyncio.timeout(pace.round_s * self._rng.uniform(0.9, 1.1)):
-                await self._urgent.wait()
+                await self._wake.wait()
         except TimeoutError:
             # A little early rather than a whole round late.
-            due_s = self._published_at_s + pace.renew_s - 0.5 * pace.round_s
+            due_s = self._renewed_at_s + pace.renew_s - 0.5 * pace.round_s
             if self.record is not None and time.monotonic() > due_s:
                 self._renew()
+
+
+def _differ(rtt_ms: float, told_ms: float | None) -> bool:
+    """Is it worth a new record?"""
+    return told_ms is None or abs(rtt_ms - told_ms) > max(1.0, 0.3 * told_ms)
 
 
 class _Rounds:
@@ -305,6 +332,7 @@ class _Rounds:
         partners = self._mesh.round(
             directory.view, time.monotonic(), directory._rng, measured=directory._measured_at_s.keys()
         )
+        directory.pace = self._mesh.pace
         keep = {target.name for target in (*partners, *self._mesh.kept)}
         now = time.monotonic()
         for name in self._links.keys() - keep:

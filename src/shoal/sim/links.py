@@ -10,7 +10,7 @@ arrives twice is harmless: senders repeat after a reconnect.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -63,6 +63,7 @@ class End:
         if not self.open:
             return
         receiver = self.other
+        self.network.on_send(self.owner, message)
         self.network.carry(self, lambda: receiver.arrive(message, body))
         repeatable = isinstance(message, msg.Step | msg.Result | msg.Journal)
         if repeatable and self.network.rng.random() < self.network.config.duplicate:
@@ -119,6 +120,10 @@ def _ignore_frame(end: End, message: msg.Message, body: Body) -> None:
     return None
 
 
+def _ignore_send(sender: Machine, message: msg.Message) -> None:
+    return None
+
+
 def _ignore_loss(end: End, cause: str) -> None:
     return None
 
@@ -134,7 +139,11 @@ class Network:
         self._latency_s: dict[tuple[str, str], float] = {}
         self._blocked: dict[tuple[str, str], int] = {}
         """(from, to) -> how many faults block this direction now."""
+        self._islands: dict[str, int] = {}
+        """machine -> its side of a partition; empty while there is none."""
         self._ends: list[End] = []
+        self.on_send: Callable[[Machine, msg.Message], None] = _ignore_send
+        """Hears of every frame, with its sender."""
 
     def latency_s(self, source: str, target: str) -> float:
         key = (source, target)
@@ -167,7 +176,7 @@ class Network:
     def carry(self, sender: End, arrival: Callable[[], None]) -> None:
         """Bring one frame (or a close) to the other end, behind all that was sent before."""
         receiver = sender.other
-        if self._blocked.get((sender.owner.name, receiver.owner.name)):
+        if self._blocks(sender.owner.name, receiver.owner.name):
             receiver._held.append(arrival)
             return
         delay_s = self.latency_s(sender.owner.name, receiver.owner.name)
@@ -184,7 +193,13 @@ class Network:
         return delay_s
 
     def _broken(self, a: str, b: str) -> bool:
-        return bool(self._blocked.get((a, b)) or self._blocked.get((b, a)))
+        return self._blocks(a, b) or self._blocks(b, a)
+
+    def _blocks(self, source: str, target: str) -> bool:
+        """Does nothing get from `source` to `target` now?"""
+        if self._islands and self._islands.get(source) != self._islands.get(target):
+            return True
+        return bool(self._blocked.get((source, target)))
 
     # -- what faults do ---------------------------------------------------------------------------------------------
 
@@ -208,6 +223,23 @@ class Network:
                 for arrival in held:
                     self.carry(end.other, arrival)
 
+    def divide(self, *sides: Sequence[str]) -> None:
+        """Partition the network: machines of different sides do not reach each other, until `unite`."""
+        self._islands = {name: number for number, side in enumerate(sides) for name in side}
+        islands = self._islands
+        for end in list(self._ends):
+            if end.open and self._blocks(end.peer.name, end.owner.name):
+                self._watch(end, lambda: self._islands is islands)
+
+    def unite(self) -> None:
+        """Undo `divide`. What was sent in between arrives now, on connections that still live."""
+        self._islands = {}
+        for end in self._ends:
+            if end._held and not self._blocks(end.peer.name, end.owner.name):
+                held, end._held = end._held, []
+                for arrival in held:
+                    self.carry(end.other, arrival)
+
     def cut(self, end: End) -> None:
         """One connection breaks; both machines live and hear of it."""
         for side in (end, end.other):
@@ -218,7 +250,7 @@ class Network:
         for end in self.ends_of(machine):
             end.open = False
             far = end.other
-            if silently or self._blocked.get((machine.name, far.owner.name)):
+            if silently or self._blocks(machine.name, far.owner.name):
                 self._watch(far, lambda: True)
             else:
                 far.owner.after(self.latency_s(machine.name, far.owner.name), partial(far.lose, "reset"))

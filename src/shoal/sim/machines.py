@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
+import msgspec
+
 from shoal.errors import ShoalError
 from shoal.sim import toy
 from shoal.sim.keys import ToyKeys
@@ -135,12 +137,8 @@ class Node(Machine):
         # Mostly a larger incarnation than last time; sometimes the machine's calendar went back.
         incarnation = max(0, self._starts + (-2 if self.world.rng.random() < 0.2 else 0))
         self.view.put(self.record(incarnation), self.now())
-        self._published_at_s = self.now()
-        self.after(self.world.rng.random() * self.pace().round_s, self._round, background=True)
-
-    def pace(self) -> gossip.Pace:
-        """How often this node speaks, from the number of nodes it sees."""
-        return gossip.pace(len(self.view.live(self.now())))
+        self._told_at_s = self._renewed_at_s = self.now()
+        self.after(self.world.rng.random() * self.mesh.pace.round_s, self._round, background=True)
 
     def record(self, incarnation: int) -> msg.Record:
         """What this node says about itself now; the view raises its number where needed."""
@@ -148,7 +146,7 @@ class Node(Machine):
             node=self.name,
             incarnation=incarnation,
             version=0,
-            lease_s=self.pace().lease_s,
+            lease_s=self.mesh.pace.lease_s,
             role=self.role,
             state=self.state(),
             addresses=[_address(self.name)],
@@ -238,9 +236,14 @@ class Node(Machine):
 
     def _round(self) -> None:
         """Renew the lease when it is time, and sync with those whom the mesh names."""
-        now, pace = self.now(), self.pace()
-        if now - self._published_at_s > pace.renew_s - 0.5 * pace.round_s:
+        now, pace = self.now(), self.mesh.pace
+        own = self.view.get(self.name)
+        other_pace = own is not None and own.lease_s != pace.lease_s
+        if other_pace or (now - self._told_at_s >= pace.load_s and self._has_changed()):
             self.publish()
+        elif now - self._renewed_at_s > pace.renew_s - 0.5 * pace.round_s:
+            self._renewed_at_s = now
+            self.view.renew(now)
         partners = {_name(target) for target in self.mesh.round(self.view, now, self.world.rng)}
         kept = {target.node for target in self.mesh.kept}
         for node, out in list(self._outs.items()):
@@ -257,8 +260,14 @@ class Node(Machine):
     def publish(self) -> None:
         """A new lease, and what has changed."""
         own = self.view.get(self.name)
-        self._published_at_s = self.now()
+        self._told_at_s = self._renewed_at_s = self.now()
         self.view.put(self.record(own.incarnation if own is not None else 0), self.now())
+
+    def _has_changed(self) -> bool:
+        own = self.view.get(self.name)
+        if own is None:
+            return True
+        return msgspec.structs.replace(self.record(0), incarnation=own.incarnation, version=own.version) != own
 
     def on_frame(self, end: End, message: msg.Message, body: Body) -> None:
         """Any message but Sync."""

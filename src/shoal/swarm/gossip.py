@@ -61,8 +61,8 @@ class Pace:
 
 
 SMALL = Pace(round_s=1.0, renew_s=1.0, load_s=0.4, lease_s=5.0, partners=1, links=4, all_seeds=True, rtts=32)
-MIDDLE = Pace(round_s=1.0, renew_s=2.0, load_s=2.0, lease_s=8.0, partners=2, links=4, all_seeds=False, rtts=16)
-LARGE = Pace(round_s=1.0, renew_s=3.0, load_s=3.0, lease_s=9.0, partners=2, links=4, all_seeds=False, rtts=4)
+MIDDLE = Pace(round_s=1.0, renew_s=2.0, load_s=5.0, lease_s=8.0, partners=2, links=4, all_seeds=False, rtts=16)
+LARGE = Pace(round_s=1.0, renew_s=3.0, load_s=10.0, lease_s=9.0, partners=2, links=4, all_seeds=False, rtts=4)
 
 
 def pace(nodes: int) -> Pace:
@@ -93,6 +93,8 @@ class Mesh:
     def __init__(self, node: str, seeds: Sequence[str]) -> None:
         self._node = node
         self._seeds = [Target.seed(address) for address in dict.fromkeys(seeds)]
+        self.pace = SMALL
+        """As of the last round."""
         self._kept: dict[str, Target] = {}
         self._rotated_at_s: float | None = None
 
@@ -104,11 +106,11 @@ class Mesh:
     def round(self, view: View, now: float, rng: Rng, *, measured: Collection[str] = ()) -> list[Target]:
         """Whom to sync with now. `measured`: nodes whose round trip is known; the others are met first."""
         live = view.live(now)
-        pace_now = pace(len(live))
-        self._choose(view, live, pace_now, now, rng, measured)
-        partners = rng.sample(self.kept, min(pace_now.partners, len(self._kept)))
+        self.pace = pace(len(live))
+        self._choose(view, live, now, rng, measured)
+        partners = rng.sample(self.kept, min(self.pace.partners, len(self._kept)))
         probing = min(PROBE_SHARE, PROBE_NODES / max(1, len(live)))
-        if pace_now.all_seeds or not partners:
+        if self.pace.all_seeds or not partners:
             partners += self._seeds
         elif self._seeds and rng.random() < probing:
             partners.append(rng.choice(self._seeds))
@@ -120,28 +122,20 @@ class Mesh:
         """The link to it broke or could not be made: draw another one."""
         self._kept.pop(node, None)
 
-    def _choose(
-        self,
-        view: View,
-        live: Sequence[Record],
-        pace_now: Pace,
-        now: float,
-        rng: Rng,
-        measured: Collection[str],
-    ) -> None:
+    def _choose(self, view: View, live: Sequence[Record], now: float, rng: Rng, measured: Collection[str]) -> None:
         avoid = view.suspects(now)
         able = {record.node: record for record in live if self._can_ask(record)}
         self._kept = {node: _target(able[node]) for node in self._kept if node in able}
         if self._rotated_at_s is None:
             self._rotated_at_s = now + ROTATE_S * rng.random()  # not all nodes of a swarm at the same moment
-        elif now - self._rotated_at_s >= ROTATE_S and len(self._kept) >= min(pace_now.links, len(able)):
+        elif now - self._rotated_at_s >= ROTATE_S and len(self._kept) >= min(self.pace.links, len(able)):
             self._rotated_at_s = now
             if len(able) > len(self._kept) and self._kept:
                 del self._kept[next(iter(self._kept))]
         others = [record for node, record in able.items() if node not in self._kept and node not in avoid]
         rng.shuffle(others)
         others.sort(key=lambda record: record.node in measured)
-        for record in others[: max(0, pace_now.links - len(self._kept))]:
+        for record in others[: max(0, self.pace.links - len(self._kept))]:
             self._kept[record.node] = _target(record)
 
     def _can_ask(self, record: Record) -> bool:

@@ -13,6 +13,9 @@ never passed on.
                         +---------a higher number----------+
     any of them --its node is revoked--> refused for good
 
+A lease is renewed by a Beat, which carries nothing but the record's old and new number. Whoever has the record takes
+the new number for it; the record itself is sent again only when it has changed.
+
 An expired record is kept for `forget_s`, and passed on to nobody but its own writer, so that a late copy of it is
 recognised as old news and does not bring a dead node back. Clocks are never compared between machines: a record carries
 its age, and the lease runs from that moment on the clock of whoever received it. So it ends everywhere at about the
@@ -24,6 +27,8 @@ Suspicion is separate and private: after a broken connection a node avoids its p
 from __future__ import annotations
 
 import hashlib
+import itertools
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +36,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from shoal.wire.messages import MAX_META_BYTES, AuditHead, Record, Revocations, Signed, Sync
+from shoal.wire.messages import MAX_META_BYTES, AuditHead, Beat, Record, Revocations, Signed, Sync
 
 Number = tuple[int, int]
 """(incarnation, version)"""
@@ -67,6 +72,7 @@ _NEVER: Number = (-1, -1)
 
 _ENCODER = msgspec.msgpack.Encoder()
 _RECORDS = msgspec.msgpack.Decoder(Record)
+_BEATS = msgspec.msgpack.Decoder(Beat)
 _REVOCATIONS = msgspec.msgpack.Decoder(Revocations)
 _DAMAGED = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
 
@@ -101,17 +107,15 @@ class _Entry:
     record: Record
     signed: Signed
     """Without chain and age."""
+    beat: Signed | None
+    """The latest renewal of its lease; None when the record is newer."""
     chain: tuple[bytes, ...]
     key: bytes
     grew_at_s: float
     """Own clock, when (incarnation, version) last grew; earlier by the age with which it came."""
-
-    @property
-    def number(self) -> Number:
-        return (self.record.incarnation, self.record.version)
-
-    def dies_at_s(self) -> float:
-        return self.grew_at_s + min(self.record.lease_s, MAX_LEASE_S)
+    dies_at_s: float
+    """When its lease ends; never, for the own record."""
+    number: Number
 
 
 def digest_key(node: str) -> bytes:
@@ -167,18 +171,28 @@ class View:
         self._store(record, Signed(payload, self.keys.sign(payload)), tuple(self.keys.chain), now, now)
         return record
 
-    def merge(self, records: Iterable[Signed], now: float) -> list[str]:
-        """Take in records heard from others; returns the nodes whose record changed. A record of this node's earlier
-        life, signed by its own key, makes us publish a higher number (see `put`)."""
+    def renew(self, now: float) -> None:
+        """A new lease for this node's own record, which has not changed. Raises LookupError before the first `put`."""
+        entry = self._entries[self.self_node]
+        incarnation, version = entry.number
+        payload = _ENCODER.encode(Beat(self.self_node, incarnation, entry.record.version, version + 1))
+        entry.beat = Signed(payload, self.keys.sign(payload))
+        self._grow(entry, (incarnation, version + 1), now)
+
+    def merge(self, records: Iterable[Signed], now: float, beats: Iterable[Signed] = ()) -> list[str]:
+        """Take in records and renewals heard from others; returns the nodes of which there was news. What this node
+        signed in an earlier life makes us publish a higher number (see `put`)."""
         self._sweep(now)
         changed = []
         refused = 0
-        for signed in records:
+        for signed, take in itertools.chain(
+            zip(records, itertools.repeat(self._take)), zip(beats, itertools.repeat(self._take_beat))
+        ):
             if refused == MAX_REFUSED:
                 self.refused["flood"] += 1
                 break
-            outcome = self._take(signed, now)
-            if isinstance(outcome, Record):
+            outcome = take(signed, now)
+            if isinstance(outcome, Record | Beat):
                 changed.append(outcome.node)
             elif outcome is not None:
                 self.refused[outcome] += 1
@@ -220,13 +234,18 @@ class View:
         entry = self._entries.get(node)
         return entry.record if entry is not None else None
 
+    def is_live(self, node: str, now: float) -> bool:
+        """Whether `node` would be among `live`."""
+        entry = self._entries.get(node)
+        return entry is not None and now < entry.dies_at_s and entry.record.state != "gone"
+
     def live(self, now: float) -> list[Record]:
         """Records whose lease has not run out and that have not said "gone", in the order of node ids. Suspected nodes
         are included; see `suspects`."""
         return [
             entry.record
             for _, entry in sorted(self._entries.items())
-            if entry.record.state != "gone" and self._spreads(entry, now)
+            if entry.record.state != "gone" and now < entry.dies_at_s
         ]
 
     def lost(self, now: float) -> list[Record]:
@@ -234,7 +253,7 @@ class View:
         return [
             entry.record
             for _, entry in sorted(self._entries.items())
-            if entry.record.state != "gone" and not self._spreads(entry, now)
+            if entry.record.state != "gone" and now >= entry.dies_at_s
         ]
 
     def suspects(self, now: float) -> frozenset[str]:
@@ -257,9 +276,9 @@ class View:
 
     def newer_than(
         self, digest: Mapping[bytes, Number], now: float, *, peer: str = "", room: int = _SYNC_BYTES
-    ) -> tuple[list[Signed], bool]:
-        """Records that the writer of `digest` lacks, those that have waited longest first, as many as fit into `room`
-        bytes (one at least); and whether there are more.
+    ) -> tuple[list[Signed], list[Signed], bool]:
+        """Records and beats that the writer of `digest` lacks, those that have waited longest first, as many as fit
+        into `room` bytes (one at least); and whether there are more.
 
         Expired records are not spread any further; "gone" ones are, until their lease has run out. Only `peer`, the
         writer of the digest, is shown its own record in any case: when its calendar went back, it learns from it which
@@ -269,24 +288,32 @@ class View:
             for entry in self._entries.values()
             if (theirs := digest.get(entry.key, _NEVER)) != entry.number
             and entry.number > theirs
-            and (entry.record.node == peer or self._spreads(entry, now))
+            and (now < entry.dies_at_s or entry.record.node == peer)
         ]
         lacking.sort(key=lambda entry: (entry.grew_at_s, entry.record.node))
-        chosen: list[Signed] = []
+        records: list[Signed] = []
+        beats: list[Signed] = []
         for entry in lacking:
-            known = digest.get(entry.key, _NEVER)[0] == entry.record.incarnation
-            chain = () if known else entry.chain
-            room -= len(entry.signed.payload) + len(entry.signed.signature) + sum(map(len, chain)) + _SIGNED_BYTES
-            if room < 0 and chosen:
-                return chosen, True
-            chosen.append(_aged(entry, chain, now))
-        return chosen, False
+            incarnation, version = digest.get(entry.key, _NEVER)
+            same = incarnation == entry.record.incarnation
+            record = None
+            if not same or version < entry.record.version:
+                record = _aged(entry.signed, () if same else entry.chain, entry, now)
+            beat = None if entry.beat is None else _aged(entry.beat, (), entry, now)
+            room -= _bytes(record) + _bytes(beat)
+            if room < 0 and (records or beats):
+                return records, beats, True
+            if record is not None:
+                records.append(record)
+            if beat is not None:
+                beats.append(beat)
+        return records, beats, False
 
     def sync(self, now: float, *, tell: bool = False) -> Sync:
         """The first message of a round: what we know, asking for what we lack. With `tell` the own record goes along:
         it has just changed, and need not wait to be asked for."""
         own = self._entries.get(self.self_node) if tell else None
-        records = [] if own is None else [_aged(own, own.chain, now)]
+        records = [] if own is None else [_aged(own.signed, own.chain, own, now)]
         return Sync(self.digest(), records, answers=2, revoked_version=self.revoked_version)
 
     def told(self) -> Sync:
@@ -297,7 +324,7 @@ class View:
         """Take in a Sync of `peer` and answer it when it asks for an answer. A round is mostly three messages: `sync`,
         an answer with what the first side lacks, and, when the answering side lacks something too, a last one with
         that. A revocation list travels beside them, and where a message could not hold all, the next round follows."""
-        changed = self.merge(message.records, now)
+        changed = self.merge(message.records, now, message.beats)
         if message.revocations is not None:
             self.revoke(message.revocations)
         answers = []
@@ -309,8 +336,10 @@ class View:
             )
             digest = self.digest() if asks else {}
             room = _SYNC_BYTES - _DIGEST_ENTRY_BYTES * len(digest)
-            records, more = self.newer_than(message.digest, now, peer=peer, room=room)
-            answers.append(Sync(digest, records, int(asks), revoked_version=self.revoked_version, more=more))
+            records, beats, more = self.newer_than(message.digest, now, peer=peer, room=room)
+            answers.append(
+                Sync(digest, records, int(asks), revoked_version=self.revoked_version, more=more, beats=beats)
+            )
         if message.more and changed:
             answers.append(self.sync(now))
         return answers
@@ -347,18 +376,49 @@ class View:
             return None
         if entry is None and len(self._entries) >= self._max_nodes and not self._make_room(now):
             return None
-        age_s = min(signed.age_ms / 1e3, MAX_SHORTENING * min(record.lease_s, MAX_LEASE_S))
-        self._store(record, Signed(signed.payload, signed.signature), chain, now - age_s, now)
+        self._store(record, Signed(signed.payload, signed.signature), chain, _grew_at_s(signed, record, now), now)
         return record
+
+    def _take_beat(self, signed: Signed, now: float) -> Beat | Refusal | None:
+        """The same for a renewal."""
+        try:
+            beat = _BEATS.decode(signed.payload)
+        except _DAMAGED:
+            return "malformed"
+        entry = self._entries.get(beat.node)
+        number = (beat.incarnation, beat.version)
+        if entry is None or number <= entry.number:
+            return None
+        own = beat.node == self.self_node
+        if not own and (beat.incarnation, beat.base) != (entry.record.incarnation, entry.record.version):
+            return None  # of a record that we lack: our next digest asks for both
+        writer = self.keys.writer(signed.payload, signed.signature, entry.chain)
+        if writer is None or writer.node != beat.node:
+            return "forged"
+        if own:
+            self._outnumber(number, now)
+            return None
+        if now >= entry.dies_at_s:
+            self.changes += 1
+        entry.beat = Signed(signed.payload, signed.signature)
+        self._grow(entry, number, _grew_at_s(signed, entry.record, now))
+        return beat
 
     def _store(self, record: Record, signed: Signed, chain: tuple[bytes, ...], grew_at_s: float, now: float) -> None:
         old = self._entries.get(record.node)
-        if old is None or not self._spreads(old, now) or _shape(old.record) != _shape(record):
+        if old is None or now >= old.dies_at_s or _shape(old.record) != _shape(record):
             self.changes += 1
         key = old.key if old is not None else digest_key(record.node)
-        self._entries[record.node] = _Entry(record, signed, chain, key, grew_at_s)
+        number = (record.incarnation, record.version)
+        entry = self._entries[record.node] = _Entry(record, signed, None, chain, key, 0.0, 0.0, number)
+        self._grow(entry, number, grew_at_s)
         self._compare_audit(record)
-        self._numbers[key] = (record.incarnation, record.version)
+
+    def _grow(self, entry: _Entry, number: Number, grew_at_s: float) -> None:
+        """A new number, and a new lease with it."""
+        entry.grew_at_s = grew_at_s
+        entry.dies_at_s = math.inf if entry.record.node == self.self_node else grew_at_s + _lease_s(entry.record)
+        entry.number = self._numbers[entry.key] = number
 
     def _compare_audit(self, record: Record) -> None:
         """A log only grows, and its writer's records come in their order, so an earlier end is a lost one."""
@@ -386,14 +446,11 @@ class View:
         numbers, revoked = self._numbers, self._revoked_keys
         return any(number > numbers.get(key, _NEVER) and key not in revoked for key, number in digest.items())
 
-    def _spreads(self, entry: _Entry, now: float) -> bool:
-        return entry.record.node == self.self_node or now < entry.dies_at_s()
-
     def _make_room(self, now: float) -> bool:
         """Forget the node that has been dead for longest; whether there was one."""
-        dead = [entry for entry in self._entries.values() if not self._spreads(entry, now)]
+        dead = [entry for entry in self._entries.values() if now >= entry.dies_at_s]
         if dead:
-            self._forget(min(dead, key=lambda entry: (entry.dies_at_s(), entry.record.node)).record.node)
+            self._forget(min(dead, key=lambda entry: (entry.dies_at_s, entry.record.node)).record.node)
         return bool(dead)
 
     def _sweep(self, now: float) -> None:
@@ -402,14 +459,28 @@ class View:
             return
         self._next_sweep_s = now + self._forget_s / 16
         for node, entry in list(self._entries.items()):
-            if node != self.self_node and now >= entry.dies_at_s() + self._forget_s:
+            if now >= entry.dies_at_s + self._forget_s:
                 self._forget(node)
         self.suspects(now)
 
 
-def _aged(entry: _Entry, chain: Sequence[bytes], now: float) -> Signed:
-    age_ms = round(1e3 * max(0.0, now - entry.grew_at_s))
-    return Signed(entry.signed.payload, entry.signed.signature, list(chain), age_ms)
+def _lease_s(record: Record) -> float:
+    return min(record.lease_s, MAX_LEASE_S)
+
+
+def _grew_at_s(signed: Signed, record: Record, now: float) -> float:
+    """When the record grew, according to the age with which it came."""
+    return now - min(signed.age_ms / 1e3, MAX_SHORTENING * _lease_s(record))
+
+
+def _aged(signed: Signed, chain: Sequence[bytes], entry: _Entry, now: float) -> Signed:
+    return Signed(signed.payload, signed.signature, list(chain), round(1e3 * max(0.0, now - entry.grew_at_s)))
+
+
+def _bytes(signed: Signed | None) -> int:
+    if signed is None:
+        return 0
+    return len(signed.payload) + len(signed.signature) + sum(map(len, signed.chain)) + _SIGNED_BYTES
 
 
 def _shape(record: Record) -> tuple[object, ...]:

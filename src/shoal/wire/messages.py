@@ -256,6 +256,16 @@ class Record(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     """Nodes whose answers this node found wrong."""
 
 
+class Beat(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """The record of this node that has the number (incarnation, base) still holds, and now has the number
+    (incarnation, version): a renewed lease at a fifth of the bytes. Inside a Signed."""
+
+    node: NodeText
+    incarnation: Count
+    base: Count
+    version: Count
+
+
 class Revocations(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """All nodes whose certificates no longer count. Written by an admin; the highest version wins. Inside a Signed."""
 
@@ -264,14 +274,15 @@ class Revocations(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
 
 
 class Signed(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """The msgpack bytes of a Record or of Revocations, with the writer's signature over exactly these bytes (ECDSA
+    """The msgpack bytes of a Record, a Beat or Revocations, with the writer's signature over exactly these bytes (ECDSA
     P-256, SHA-256, DER). Opaque to the frame decoder: what a third node wrote cannot end the connection of the node
     that passes it on."""
 
     payload: Annotated[bytes, Meta(min_length=1, max_length=MAX_SIGNED_BYTES)]
     signature: Annotated[bytes, Meta(min_length=1, max_length=128)]
     chain: ChainDer = []
-    """The writer's certificates; left out when the receiver has seen a record of that node and incarnation."""
+    """The writer's certificates; left out when the receiver has seen a record of that node and incarnation, and with
+    a Beat."""
     age_ms: Count = 0
     """How long ago the sender saw this record grow. Not signed: it can shorten a lease by half at most."""
 
@@ -291,6 +302,8 @@ class Sync(_Message, frozen=True, tag=30):
     """Version of the sender's revocation list, 0 for none."""
     more: bool = False
     """The receiver lacks more than had room: it may open another round at once."""
+    beats: Annotated[list[Signed], Meta(max_length=2048)] = []
+    """Renewed leases of nodes whose record the receiver has, or gets in this very message."""
 
 
 class Assign(_Message, frozen=True, tag=31):

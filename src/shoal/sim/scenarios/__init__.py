@@ -5,6 +5,7 @@ liveness   faults, then everything heals: every generation finishes in bounded t
 failover   one loss with a spare at hand: one new plan, and a gap no longer than noticing and replaying take
 gossip     registry views of many nodes converge, and converge again after a partition
 bottleneck an idle server moves to the span that load made too thin; no session notices
+registry   the same with joins, deaths, an old calendar, dead seeds and liars, and what it costs
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from shoal.sim.report import Report
-from shoal.sim.scenarios import bottleneck, failover, generations, gossip
+from shoal.sim.scenarios import bottleneck, failover, generations, gossip, registry
 
 SCENARIOS: dict[str, Callable[..., Report]] = {
     "safety": generations.safety,
@@ -20,6 +21,7 @@ SCENARIOS: dict[str, Callable[..., Report]] = {
     "failover": failover.one_loss,
     "gossip": gossip.converges,
     "bottleneck": bottleneck.relieved,
+    "registry": registry.lifetime,
 }
 
 
