@@ -109,7 +109,7 @@ def test_a_token_makes_a_machine_a_node_with_the_role_and_labels_of_the_invite(t
         await conn.close()
         await listener.close()
 
-    run(scenario_with(tmp_path, body, seeds=["tcp://127.0.0.1:7700"]), fast_loop=fast_loop)
+    run(scenario_with(tmp_path, body, seeds=lambda: ["tcp://127.0.0.1:7700"]), fast_loop=fast_loop)
 
 
 async def hold(conn: object) -> None:

@@ -8,7 +8,7 @@ import contextlib
 import datetime
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +37,8 @@ SHORT = datetime.timedelta(seconds=3)
 @pytest.fixture
 def looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shoal.admin.service.LOOK_EVERY_S", 0.05)
+    monkeypatch.setattr("shoal.admin.service.ISSUER_EVERY_S", 0.2)
+    monkeypatch.setattr("shoal.net.renewal.NOTE_EVERY_S", 0.2)
 
 
 @dataclass
@@ -340,5 +342,30 @@ def test_a_list_of_removed_nodes_is_signed_anew_with_each_certificate_of_the_adm
             await eventually(lambda: view.revoked_version > version)
             await eventually(lambda: list(view.revocations.chain) != chain)  # type: ignore[union-attr]
             assert node in view.revoked
+
+    run(scenario)
+
+
+def test_an_admin_that_comes_back_elsewhere_and_members_that_start_anew_find_the_swarm(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        home = new_home(tmp_path)
+        async with running(home, "admin") as (admin, _):
+            there = await enter(home, tmp_path / "one")
+            elsewhere = await enter(home, tmp_path / "two")
+            stack = AsyncExitStack()
+            one, _ = await stack.enter_async_context(running(there, "server-0"))
+            two, _ = await stack.enter_async_context(running(elsewhere, "server-0"))
+            # Each has noted the others.
+            await eventually(lambda: {one.address, two.address} <= set(home.read().seeds))
+            await eventually(lambda: two.address in there.read().seeds)
+            late = await enter(home, tmp_path / "three")
+            assert late.read().seeds[0] == admin.address
+            assert {one.address, two.address} <= set(late.read().seeds)
+        # The admin is gone. A member that only knew the admin's address when it joined starts anew.
+        async with stack, running(late, "server-0") as (third, _):
+            await eventually(lambda: third.identity.peer.node in {r.node for r in one.seed.directory.live()})
+            async with running(home, "admin") as (back, _):
+                assert back.address != admin.address
+                await eventually(lambda: len(back.seed.directory.live()) == 4)
 
     run(scenario)

@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from shoal.admin.service import AdminService, AlreadyAdmin
 from shoal.net.home import Home
 from shoal.net.identity import NODE_LIFETIME, NodeIdentity
-from shoal.net.renewal import renew_in_background
+from shoal.net.renewal import meeting_places, renew_in_background
 from shoal.net.seed import Seed
 from shoal.net.tls import TlsTransport
 from shoal.net.transport import Address
@@ -33,9 +33,9 @@ async def in_good_standing(
     """While this is entered, node `name` of `home` (whose `seed` and `transport` are given) renews its certificate, and
     is the swarm's admin when `home` is the admin's and no other process is: then the service is yielded, else None.
 
-    `address` is where others reach this node, tcp://HOST:PORT; new members are told it and `seeds`. Joins are taken at
-    `join` (default: any free port of the same host) and under the host of `address`. With must_be_admin, raises
-    AlreadyAdmin when another process is.
+    `address` is where others reach this node, tcp://HOST:PORT; new members are told it and where else the swarm is met
+    (`seeds`, while nobody is known to live). Joins are taken at `join` (default: any free port of the same host) and
+    under the host of `address`. With must_be_admin, raises AlreadyAdmin when another process is.
     """
     host = Address.parse(address).host
     async with AsyncExitStack() as stack:
@@ -80,7 +80,7 @@ async def _serve(
         home,
         listen=join,
         advertise=Address.parse(address).host,
-        seeds=list(dict.fromkeys([address, *seeds])),
+        seeds=lambda: meeting_places(seed.directory.live(), [address], seeds),
         on_revoked=seed.directory.revoke,
         on_renewed=renewed,
         lifetime=lifetime,

@@ -75,7 +75,7 @@ class AdminService:
         *,
         listen: Address,
         advertise: str | None = None,
-        seeds: Sequence[str] = (),
+        seeds: Callable[[], Sequence[str]] = list,
         on_revoked: Callable[[Signed], object] = lambda signed: None,
         on_renewed: Callable[[NodeIdentity], None] = lambda admin: None,
         lifetime: datetime.timedelta = NODE_LIFETIME,
@@ -83,13 +83,13 @@ class AdminService:
         connections: Attempts | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`advertise`: the host under which others reach this machine (default: the one listened on). `seeds`: what new
-        members are told. on_revoked(signed) gets every list of removed nodes to spread, the first one at the start;
-        on_renewed(identity) that the admin's own certificate is a new one."""
+        """`advertise`: the host under which others reach this machine (default: the one listened on). `seeds`: where
+        the swarm is met now, which new members are told. on_revoked(signed) gets every list of removed nodes to spread,
+        the first one at the start; on_renewed(identity) that the admin's own certificate is a new one."""
         self.home = home
         self._listen = listen
         self._advertise = advertise
-        self._seeds = list(seeds)
+        self._seeds = seeds
         self._on_revoked = on_revoked
         self._on_renewed = on_renewed
         self._lifetime = lifetime
@@ -138,7 +138,7 @@ class AdminService:
         self._listener = await JoinListener.start(
             self._listen, lambda: self._context, self._answer, connections=self._connections
         )
-        self.home.write(SwarmFile(self._issuer.swarm, self._seeds, self.join_address))
+        self._write_seeds()
         self._looking = asyncio.create_task(self._keep_looking())
         return self
 
@@ -189,7 +189,7 @@ class AdminService:
         # No entry, no member: nobody comes in unseen.
         await self._audit("member.join", peer, address=address)
         _log.info("%s joined from %s", peer, address)
-        return Enrolled(list(ders_of(cert_pem)), self._issuer.swarm, self._seeds)
+        return Enrolled(list(ders_of(cert_pem)), self._issuer.swarm, list(self._seeds()))
 
     # Renewals
 
@@ -240,6 +240,8 @@ class AdminService:
             if self.home.renew_issuer(datetime.datetime.fromtimestamp(now, datetime.UTC)):
                 _log.info("the root has signed the issuing authority anew")
             self._issuer = self.home.issuer()
+            if self._listener is not None:
+                self._write_seeds()
         if now >= renewal_due(self._admin):
             self._admin = await self.renew_own(self._admin)
             self._context = self._admin.enrolment_context()
@@ -255,6 +257,12 @@ class AdminService:
     def _signed(self, revocations: Revocations) -> Signed:
         payload = msgspec.msgpack.encode(revocations)
         return Signed(payload, self._admin.sign(payload), list(self._admin.chain_der))
+
+    def _write_seeds(self) -> None:
+        """So that the swarm is found again when this process starts anew, perhaps at another address."""
+        file = SwarmFile(self._issuer.swarm, list(self._seeds()), self.join_address)
+        if file != self.home.read():
+            self.home.write(file)
 
     async def _remember(self, cert_pem: bytes) -> Peer:
         """Note an issued certificate; whom it is of."""

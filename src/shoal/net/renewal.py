@@ -8,6 +8,8 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
+import msgspec
+
 from shoal.errors import PeerLost, Refused, ShoalError
 from shoal.net.directory import Directory
 from shoal.net.home import Home
@@ -27,6 +29,8 @@ _log = logging.getLogger(__name__)
 _ASK_TIMEOUT_S = 10.0
 
 _MAX_ASKED = 16
+MAX_SEEDS = 8
+NOTE_EVERY_S = 60.0
 
 Ask = Callable[[NodeIdentity], Awaitable[NodeIdentity]]
 """The same node with a new certificate. Raises ShoalError."""
@@ -122,6 +126,18 @@ def admin_addresses(seeds: Sequence[str], records: Sequence[Record]) -> list[str
     return list(dict.fromkeys([*admins, *seeds, *gateways]))
 
 
+def meeting_places(records: Sequence[Record], first: Sequence[str], known: Sequence[str]) -> list[str]:
+    """At most MAX_SEEDS addresses at which the swarm is met: `first`, then live admins, gateways and servers, then
+    those that were `known` before. A node that starts anew finds the swarm though some of them are gone."""
+    live = [
+        record.addresses[0]
+        for role in ("admin", "gateway", "server")
+        for record in records
+        if record.role == role and record.addresses
+    ]
+    return list(dict.fromkeys([*first, *live, *known]))[:MAX_SEEDS]
+
+
 def taking_effect(
     home: Home, name: str, transport: TlsTransport, directory: Directory | None = None
 ) -> Callable[[NodeIdentity], None]:
@@ -147,13 +163,36 @@ def renew_in_background(
     ask: Ask | None = None,
 ) -> asyncio.Task[None]:
     """Keeps node `name` of `home` renewed until cancelled; by default it asks admins, seeds and gateways. When nobody
-    renewed it in time that is logged and ends nothing: the connections that stand go on."""
+    renewed it in time that is logged and ends nothing: the connections that stand go on. Meanwhile it notes in the home
+    where the swarm is met."""
     asked = ask or ask_over(transport, lambda: admin_addresses(seeds, directory.live()))
 
+    async def note() -> None:
+        while True:
+            await asyncio.sleep(NOTE_EVERY_S)
+            try:
+                _note_places(home, directory)
+            except ShoalError as error:
+                _log.warning("it is not noted where the swarm is met: %s", error)
+
     async def renew() -> None:
+        noting = asyncio.create_task(note())
         try:
             await keep_renewed(transport.identity, asked, taking_effect(home, name, transport, directory))
         except Refused as error:
             _log.error("%s %s", error, error.hint)
+            await noting
+        finally:
+            noting.cancel()
 
     return asyncio.create_task(renew(), name="renewal")
+
+
+def _note_places(home: Home, directory: Directory) -> None:
+    if home.is_admin:
+        return  # the admin's service writes this file
+    file = home.read()
+    others = [record for record in directory.live() if record.node != directory.node]
+    places = meeting_places(others, [], file.seeds)
+    if places != file.seeds:
+        home.write(msgspec.structs.replace(file, seeds=places))
