@@ -152,6 +152,18 @@ def test_an_idle_server_moves_to_the_bottleneck_and_says_why() -> None:
     )
 
 
+def test_a_server_stays_where_nobody_else_has_its_label() -> None:
+    records = bottleneck(labels=["hq"])
+    assert move(records) is not None  # both idle ones have it
+    assert move([records[0], records[1], server("c", (8, 12), busy=0.05)]) is not None
+    only = [records[0], server("b", (8, 12), busy=0.4), records[2]]
+    found = move(only)
+    assert found is not None
+    assert found.node == "b"  # c is idler, and alone with its label
+    # A block that nobody hosts is worse than one that lacks a label.
+    assert move([server("a", (0, 8), labels=["hq"]), server("b", (0, 8), labels=["x"])]) is not None
+
+
 def test_equal_candidates_are_settled_by_their_ids() -> None:
     found = move(bottleneck(busy=0.2))
     assert found is not None

@@ -6,6 +6,7 @@ does nothing. So two servers do not jump to the same place, and nobody has to be
 
     joining   those who join at the same time choose in the order of their ids, each knowing what the ones before chose
     moving    next_move() names the one server whose move helps most; ties go to the smaller id
+    labels    nobody leaves blocks that then have no server with one of its labels: a trust zone may demand it
     settling  a Rebalancer waits until the same move was right for a while, and rests after its own
 
 What a placement is worth is its *throughput*: how many steps a second all servers manage together when sessions are
@@ -99,6 +100,7 @@ class _Host:
     memory_bytes: int = 0
     free: bool = False
     """It may leave its blocks: nobody gave them to it."""
+    labels: tuple[str, ...] = ()
 
 
 # --- what a placement is worth -------------------------------------------------------------------------------------
@@ -163,6 +165,13 @@ def _covered(hosts: Iterable[_Host]) -> set[int]:
 
 
 # --- joining -------------------------------------------------------------------------------------------------------
+
+
+def _vouched(hosts: Iterable[_Host]) -> set[tuple[str, int]]:
+    """(label, block) of every block that is hosted with that label."""
+    return {
+        (label, block) for host in hosts for label in host.labels for block in range(host.blocks.start, host.blocks.end)
+    }
 
 
 def choose(records: Iterable[Record], node: str, model: str, needs: ModelNeeds) -> Choice:
@@ -419,8 +428,12 @@ def _best_move(hosts: Sequence[_Host], needs: ModelNeeds, config: BalanceConfig,
     num_blocks = needs.num_blocks
     covered = _covered(hosts)
     worth = _worth(hosts, num_blocks)
+    vouched = _vouched(hosts)
     whole = len(covered) == num_blocks
     options: list[_Option] = []
+    spares: list[_Option] = []
+    """Those that would take a label away from a block: a gateway's trust zone may demand it there. Only for blocks that
+    have no server at all."""
     for at, host in enumerate(hosts):
         if not host.free or (whole and host.busy > config.mover_busy) or _has_twin(hosts, at):
             continue
@@ -434,7 +447,10 @@ def _best_move(hosts: Sequence[_Host], needs: ModelNeeds, config: BalanceConfig,
             after = _worth([*others, replace(host, blocks=target)], num_blocks)
             if not whole or after > config.gain * worth:
                 new = _new_borders(target, spans, num_blocks)
-                options.append(_Option(host, target, len(covers), after, new))
+                keeps = _vouched([*others, replace(host, blocks=target)]) >= vouched
+                (options if keeps else spares).append(_Option(host, target, len(covers), after, new))
+    if not options and not whole:
+        options = spares
     if not options:
         return None
     # Hosts come in the order of their ids and targets in that of their blocks, so of equals all name the same.
@@ -478,6 +494,7 @@ def _hosts(records: Iterable[Record], model: str, states: tuple[str, ...]) -> li
             record.busy,
             record.memory_bytes,
             record.serves == model and record.state == "online",
+            tuple(record.labels),
         )
         for record in sorted(records, key=lambda record: record.node)
         if record.role == "server"
