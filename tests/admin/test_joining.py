@@ -48,6 +48,12 @@ MANY = 50
 SHA256 = hashes.SHA256()
 
 
+@pytest.fixture(autouse=True)
+def many_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests ask more often than any crowd may."""
+    monkeypatch.setattr(joining, "HANDSHAKES_AT_ONCE", 1_000_000)
+
+
 def plain_context() -> ssl.SSLContext:
     """Trusts anybody: what an attacker uses, who does not mind whom it talks to."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -492,6 +498,21 @@ def test_an_address_that_connects_too_often_is_cut_without_a_handshake(tmp_path:
             await joined(token_for(home), Home(tmp_path / "machine"))
 
     run(scenario_with(tmp_path, body, connections=Attempts(burst=5, every_s=60)))
+
+
+def test_a_crowd_of_addresses_costs_a_bounded_number_of_handshakes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joining, "HANDSHAKES_AT_ONCE", 5)
+    monkeypatch.setattr(joining, "HANDSHAKE_EVERY_S", 60.0)
+
+    async def body(home: Home, service: AdminService) -> None:
+        for _ in range(5):
+            assert isinstance(await ask(service, AskRoot()), Root)
+        with pytest.raises((ConnectionError, ssl.SSLError)):
+            await ask(service, AskRoot())
+
+    run(scenario_with(tmp_path, body))
 
 
 # What the joining side puts up with

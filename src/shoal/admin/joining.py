@@ -22,6 +22,9 @@ from shoal.wire.enrolment import Answer, Question
 
 MAX_CONNECTIONS = 64
 MAX_CONNECTIONS_PER_ADDRESS = 16
+HANDSHAKES_AT_ONCE = 200
+HANDSHAKE_EVERY_S = 0.02
+"""Of all addresses together. A handshake costs 2-3 ms of a process that may carry people's sessions."""
 CONVERSATION_S = 10.0
 """From the accepted socket to the end of the answer."""
 _log = logging.getLogger(__name__)
@@ -44,6 +47,7 @@ class JoinListener:
         self._context = context
         self._ask = ask
         self._connections = connections
+        self._everybody = Attempts(burst=HANDSHAKES_AT_ONCE, every_s=HANDSHAKE_EVERY_S)
         self._places = asyncio.Semaphore(MAX_CONNECTIONS)
         self._here: Counter[str] = Counter()
         self._conversations: set[asyncio.Task[None]] = set()
@@ -81,11 +85,13 @@ class JoinListener:
                 self._places.release()
                 raise
             now = time.monotonic()
-            if self._here[host] >= MAX_CONNECTIONS_PER_ADDRESS or self._connections.wait_s(host, now) > 0:
+            crowded = self._here[host] >= MAX_CONNECTIONS_PER_ADDRESS or self._everybody.wait_s("", now) > 0
+            if crowded or self._connections.wait_s(host, now) > 0:
                 # Without a word: a handshake would cost more than the attempt is worth.
                 sock.close()
                 self._places.release()
                 continue
+            self._everybody.charge("", now)
             self._connections.charge(host, now)
             self._here[host] += 1
             task = asyncio.create_task(self._converse(sock, host))

@@ -30,7 +30,7 @@ from shoal.admin.store import AdminStore
 from shoal.errors import Full, Refused, ShoalError, UsageError
 from shoal.manifest.canonical import Json
 from shoal.net.auditing import audit_log
-from shoal.net.home import Home, SwarmFile
+from shoal.net.home import RENEW_ISSUER_BELOW, Home, SwarmFile
 from shoal.net.identity import (
     NODE_LIFETIME,
     NodeIdentity,
@@ -106,7 +106,7 @@ class AdminService:
         # SQLite waits for the disk: not on the loop that carries other people's sessions.
         self._records = ThreadPoolExecutor(1, thread_name_prefix="admin records")
         self._revoked_version = 0
-        self._issuer_looked_at = 0.0
+        self._issuer_looked_at = self._reminded_at = 0.0
         self._lock: int | None = None
         self._listener: JoinListener | None = None
         self._looking: asyncio.Task[None] | None = None
@@ -240,6 +240,7 @@ class AdminService:
             if self.home.renew_issuer(datetime.datetime.fromtimestamp(now, datetime.UTC)):
                 _log.info("the root has signed the issuing authority anew")
             self._issuer = self.home.issuer()
+            self._remind(now)
             if self._listener is not None:
                 self._write_seeds()
         if now >= renewal_due(self._admin):
@@ -257,6 +258,17 @@ class AdminService:
     def _signed(self, revocations: Revocations) -> Signed:
         payload = msgspec.msgpack.encode(revocations)
         return Signed(payload, self._admin.sign(payload), list(self._admin.chain_der))
+
+    def _remind(self, now: float) -> None:
+        """Say once a day that the root is needed soon."""
+        left_s = self._issuer.not_after.timestamp() - now
+        if left_s < RENEW_ISSUER_BELOW.total_seconds() and now >= self._reminded_at + 86_400:
+            self._reminded_at = now
+            _log.warning(
+                "the issuing authority ends in %.0f days: put the root's key back into %s for a minute",
+                left_s / 86_400,
+                self.home.ca_dir,
+            )
 
     def _write_seeds(self) -> None:
         """So that the swarm is found again when this process starts anew, perhaps at another address."""
