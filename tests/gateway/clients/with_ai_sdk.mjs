@@ -11,12 +11,18 @@ net.Socket.prototype.connect = function (...given) {
 };
 
 const { createOpenAICompatible } = await import('@ai-sdk/openai-compatible');
-const { embed, embedMany, generateText, streamText } = await import('ai');
+const { embed, embedMany, generateObject, generateText, streamText, tool } = await import('ai');
+const { z } = await import('zod');
 
 const { SHOAL_BASE: baseURL, SHOAL_KEY: apiKey, SHOAL_MODEL: name } = process.env;
 const provider = (key = apiKey) =>
-  createOpenAICompatible({ name: 'shoal', baseURL, apiKey: key, includeUsage: true });
+  createOpenAICompatible({ name: 'shoal', baseURL, apiKey: key, includeUsage: true, supportsStructuredOutputs: true });
 const model = provider().chatModel(name);
+
+const schema = z.object({
+  colour: z.enum(['red', 'black']),
+  number: z.union([z.literal(1), z.literal(2), z.literal(3)]),
+});
 
 const cases = {
   async whole() {
@@ -46,6 +52,24 @@ const cases = {
     const model = provider().embeddingModel(name);
     const many = await embedMany({ model, values: ['one', 'two'], maxRetries: 0 });
     return { many: many.embeddings, query: (await embed({ model, value: 'one', maxRetries: 0 })).embedding };
+  },
+  async tools() {
+    const tools = { Pick: tool({ description: 'Pick a card.', inputSchema: schema }) };
+    const whole = await generateText({
+      model, tools, toolChoice: 'required', prompt: 'pick a card', maxOutputTokens: 400, seed: 3, maxRetries: 0,
+    });
+    const streamed = streamText({
+      model, tools, toolChoice: 'required', prompt: 'pick a card', maxOutputTokens: 400, seed: 3, maxRetries: 0,
+    });
+    const again = (await streamed.toolCalls)[0];
+    const [call] = whole.toolCalls;
+    return { name: call.toolName, arguments: call.input, streamed: again.input, finish: whole.finishReason };
+  },
+  async structured() {
+    const answer = await generateObject({
+      model, schema, prompt: 'pick a card', maxOutputTokens: 400, seed: 3, maxRetries: 0,
+    });
+    return answer.object;
   },
   bad_key: () => generateText({ model: provider('sk-shoal-wrong').chatModel(name), prompt: 'hi' }),
   unknown_model: () => generateText({ model: provider().chatModel('nope'), prompt: 'hi' }),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from cases import BASE, KEY, MODEL, report, stay_here
 
 stay_here()
 
+from langchain_core.messages import ToolMessage  # noqa: E402
 from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings  # noqa: E402
+from pydantic import BaseModel  # noqa: E402
 
 
 def chat(**fields: Any) -> ChatOpenAI:
@@ -42,6 +44,27 @@ def embeddings() -> Any:
     return {"many": model.embed_documents(["one", "two"]), "query": model.embed_query("one")}
 
 
+class Pick(BaseModel):
+    """Pick a card."""
+
+    colour: Literal["red", "black"]
+    number: Literal[1, 2, 3]
+
+
+def tools() -> Any:
+    """Two turns: the call, and the answer to its result."""
+    model = chat(max_tokens=400, seed=3).bind_tools([Pick], tool_choice="any", strict=True)
+    called = model.invoke("pick a card")
+    (call,) = called.tool_calls
+    turn = [("human", "pick a card"), called, ToolMessage(content="done", tool_call_id=call["id"])]
+    return {"name": call["name"], "arguments": call["args"], "text": chat().invoke(turn).content}
+
+
+def structured() -> Any:
+    made = chat(max_tokens=400, seed=3).with_structured_output(Pick, method="json_schema").invoke("pick a card")
+    return made.model_dump()
+
+
 report(
     {
         "whole": whole,
@@ -49,6 +72,8 @@ report(
         "completion": completion,
         "limited": limited,
         "embeddings": embeddings,
+        "tools": tools,
+        "structured": structured,
         "bad_key": lambda: chat(api_key="sk-shoal-wrong").invoke("hi"),
         "unknown_model": lambda: chat(model="nope").invoke("hi"),
         "broken": lambda: "".join(chunk.content for chunk in chat().stream("broken")),

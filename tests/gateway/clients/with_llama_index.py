@@ -1,14 +1,13 @@
 """llama-index-llms-openai-like against a gateway."""
 
-from __future__ import annotations
-
-from typing import Any
+from typing import Any, Literal
 
 from cases import BASE, KEY, MODEL, report, stay_here
 
 stay_here()
 
 from llama_index.core.llms import ChatMessage  # noqa: E402
+from llama_index.core.tools import FunctionTool  # noqa: E402
 from llama_index.llms.openai_like import OpenAILike  # noqa: E402
 
 
@@ -43,6 +42,18 @@ def limited() -> Any:
     return {"finish": answer.raw.choices[0].finish_reason, "tokens": answer.raw.usage.completion_tokens}
 
 
+def pick(colour: Literal["red", "black"], number: Literal[1, 2, 3]) -> str:
+    """Pick a card."""
+    return f"{colour} {number}"
+
+
+def tools() -> Any:
+    caller = model(is_function_calling_model=True, max_tokens=400, additional_kwargs={"seed": 3})
+    answer = caller.chat_with_tools([FunctionTool.from_defaults(pick)], "pick a card", tool_required=True)
+    (call,) = caller.get_tool_calls_from_response(answer)
+    return {"name": call.tool_name.capitalize(), "arguments": call.tool_kwargs}
+
+
 def ask(text: str, **fields: Any) -> str:
     return str(model(**fields).chat([ChatMessage(role="user", content=text)]).message.content)
 
@@ -53,6 +64,7 @@ report(
         "streamed": streamed,
         "completion": completion,
         "limited": limited,
+        "tools": tools,
         "bad_key": lambda: ask("hi", api_key="sk-shoal-wrong"),
         "unknown_model": lambda: ask("hi", model="nope"),
         "broken": lambda: "".join(

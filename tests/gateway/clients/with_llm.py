@@ -25,6 +25,7 @@ entries = [
         "api_base": BASE,
         "api_key_name": "shoal",
         "completion": name == "completion",
+        "supports_schema": name == "chat",
     }
     for name, model in NAMES.items()
 ]
@@ -63,6 +64,16 @@ def limited() -> Any:
     return {"tokens": answer.usage().output}
 
 
+def structured() -> Any:
+    schema = {
+        "type": "object",
+        "properties": {"colour": {"enum": ["red", "black"]}, "number": {"enum": [1, 2, 3]}},
+        "required": ["colour", "number"],
+        "additionalProperties": False,
+    }
+    return json.loads(ask("pick a card", schema=schema, max_tokens=400, seed=3).text())
+
+
 report(
     {
         "whole": whole,
@@ -70,6 +81,7 @@ report(
         "conversation": conversation,
         "completion": lambda: {"text": ask("say it", name="completion").text()},
         "limited": limited,
+        "structured": structured,
         "bad_key": lambda: ask("hi", key="sk-shoal-wrong").text(),
         "unknown_model": lambda: ask("hi", name="nope").text(),
         "broken": lambda: ask("broken").text(),
