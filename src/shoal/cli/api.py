@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from shoal.cli import output
-from shoal.errors import Full, Refused, ShoalError, SwarmIncomplete, UsageError
+from shoal.errors import Full, PolicyUnmet, Refused, ShoalError, SwarmIncomplete, UsageError
 
 if TYPE_CHECKING:
     import httpx
@@ -96,5 +96,6 @@ class Api:
 
 
 def _error_of(error: dict[str, Any], status: int, retry_after_s: float | None) -> ShoalError:
-    kind = SwarmIncomplete if error.get("code") == SwarmIncomplete.code else _ERRORS.get(status, ShoalError)
+    by_code = {kind.code: kind for kind in (SwarmIncomplete, PolicyUnmet)}
+    kind = by_code.get(str(error.get("code"))) or _ERRORS.get(status, ShoalError)
     return kind(str(error.get("message")), retry_after_s=retry_after_s)

@@ -258,11 +258,13 @@ class AuditLog:
         at = int(self._clock() * 1000)
         lines: list[bytes] = []
         for number, (kind, data) in enumerate(entries):
+            if len(kind) > _MAX_KIND:
+                raise ValueError(f"{kind[:_MAX_KIND]!r}... is no kind of entry")
             entry: dict[str, Json] = {
                 "at": at,
                 "by": self._signer,
                 "data": dict(data),
-                "kind": kind[:_MAX_KIND],
+                "kind": kind,
                 "prev": prev,
                 "seq": seq,
             }
