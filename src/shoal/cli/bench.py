@@ -9,6 +9,10 @@ COMMANDS: dict[str, Entry] = {
         "shoal.cli.bench_fuzz:fuzz",
         "Throw hostile frames and HTTP requests at shoal; exit code 3 when one crashes, hangs or costs memory.",
     ),
+    "gossip": Entry(
+        "shoal.cli.bench_gossip:gossip",
+        "Simulate the registry of swarms of several sizes; exit code 3 when a figure misses its bar.",
+    ),
     "load": Entry("shoal.cli.bench_load:load", "What a server reads and holds for its share of a model."),
     "security": Entry(
         "shoal.cli.bench_security:security",

@@ -96,7 +96,7 @@ class Mesh:
         self.pace = SMALL
         """As of the last round."""
         self._kept: dict[str, Target] = {}
-        self._rotated_at_s: float | None = None
+        self._rotate_at_s: float | None = None
 
     @property
     def kept(self) -> list[Target]:
@@ -105,11 +105,11 @@ class Mesh:
 
     def round(self, view: View, now: float, rng: Rng, *, measured: Collection[str] = ()) -> list[Target]:
         """Whom to sync with now. `measured`: nodes whose round trip is known; the others are met first."""
-        live = view.live(now)
-        self.pace = pace(len(live))
-        self._choose(view, live, now, rng, measured)
+        live = view.count_live(now)
+        self.pace = pace(live)
+        self._choose(view, now, rng, measured)
         partners = rng.sample(self.kept, min(self.pace.partners, len(self._kept)))
-        probing = min(PROBE_SHARE, PROBE_NODES / max(1, len(live)))
+        probing = min(PROBE_SHARE, PROBE_NODES / max(1, live))
         if self.pace.all_seeds or not partners:
             partners += self._seeds
         elif self._seeds and rng.random() < probing:
@@ -122,17 +122,20 @@ class Mesh:
         """The link to it broke or could not be made: draw another one."""
         self._kept.pop(node, None)
 
-    def _choose(self, view: View, live: Sequence[Record], now: float, rng: Rng, measured: Collection[str]) -> None:
-        avoid = view.suspects(now)
-        able = {record.node: record for record in live if self._can_ask(record)}
-        self._kept = {node: _target(able[node]) for node in self._kept if node in able}
-        if self._rotated_at_s is None:
-            self._rotated_at_s = now + ROTATE_S * rng.random()  # not all nodes of a swarm at the same moment
-        elif now - self._rotated_at_s >= ROTATE_S and len(self._kept) >= min(self.pace.links, len(able)):
-            self._rotated_at_s = now
-            if len(able) > len(self._kept) and self._kept:
+    def _choose(self, view: View, now: float, rng: Rng, measured: Collection[str]) -> None:
+        """Keep links to `Pace.links` living nodes, and exchange the oldest one now and then."""
+        self._kept = {node: target for node, target in self._kept.items() if view.is_live(node, now)}
+        if self._rotate_at_s is None:
+            self._rotate_at_s = now + ROTATE_S * (1.0 + rng.random())  # not all nodes of a swarm at the same moment
+        rotating = now >= self._rotate_at_s
+        if len(self._kept) >= self.pace.links and not rotating:
+            return
+        avoid = view.suspects(now) | self._kept.keys()
+        others = [record for record in view.live(now) if record.node not in avoid and self._can_ask(record)]
+        if rotating:
+            self._rotate_at_s = now + ROTATE_S
+            if others and len(self._kept) >= self.pace.links:
                 del self._kept[next(iter(self._kept))]
-        others = [record for node, record in able.items() if node not in self._kept and node not in avoid]
         rng.shuffle(others)
         others.sort(key=lambda record: record.node in measured)
         for record in others[: max(0, self.pace.links - len(self._kept))]:

@@ -29,6 +29,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import operator
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -74,6 +75,7 @@ _ENCODER = msgspec.msgpack.Encoder()
 _RECORDS = msgspec.msgpack.Decoder(Record)
 _BEATS = msgspec.msgpack.Decoder(Beat)
 _REVOCATIONS = msgspec.msgpack.Decoder(Revocations)
+_GREW_AT_S = operator.attrgetter("grew_at_s")
 _DAMAGED = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
 
 
@@ -239,6 +241,10 @@ class View:
         entry = self._entries.get(node)
         return entry is not None and now < entry.dies_at_s and entry.record.state != "gone"
 
+    def count_live(self, now: float) -> int:
+        """How many records `live` would have."""
+        return sum(now < entry.dies_at_s and entry.record.state != "gone" for entry in self._entries.values())
+
     def live(self, now: float) -> list[Record]:
         """Records whose lease has not run out and that have not said "gone", in the order of node ids. Suspected nodes
         are included; see `suspects`."""
@@ -290,7 +296,7 @@ class View:
             and entry.number > theirs
             and (now < entry.dies_at_s or entry.record.node == peer)
         ]
-        lacking.sort(key=lambda entry: (entry.grew_at_s, entry.record.node))
+        lacking.sort(key=_GREW_AT_S)
         records: list[Signed] = []
         beats: list[Signed] = []
         for entry in lacking:
