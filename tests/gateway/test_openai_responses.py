@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from typing import Literal
+
 import openai
+import pydantic
 import pytest
-from support.gateway import Gateway, Hold
+from support.gateway import Gateway, Hold, dreamt_tokens
 
 from shoal.errors import SwarmIncomplete
 from shoal.gateway.accounts import Usage
@@ -89,7 +93,9 @@ def test_an_answer_that_was_cut_at_its_length_is_incomplete_and_says_why(
     ("fields", "param"),
     [
         ({"tools": [{"type": "web_search"}]}, "tools"),
-        ({"text": {"format": {"type": "json_object"}}}, "text.format"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
+        ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format"),
+        ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": 3}}}}, "text.format.schema"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"prompt": {"id": "pmpt_1"}}, "prompt"),
@@ -114,6 +120,28 @@ def test_what_is_not_offered_or_wrong_is_400_and_named(
         respond(client, **fields)
     assert caught.value.param == param.replace("[...]", "")
     assert not gateway.chatty.calls
+
+
+class Card(pydantic.BaseModel):
+    colour: Literal["red", "black"]
+    number: Literal[1, 2, 3]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_is_held_to_a_schema_and_parsed_by_the_package(
+    gateway: Gateway, client: openai.OpenAI, stream: bool
+) -> None:
+    model = gateway.chatty
+    model.script = lambda call: dreamt_tokens(call, len(model.tokenizer), model.eos_ids)
+    if stream:
+        with client.responses.stream(model=MODEL, input="a card", text_format=Card) as events:
+            answer = events.get_final_response()
+    else:
+        answer = client.responses.parse(model=MODEL, input="a card", text_format=Card)
+    assert isinstance(answer.output_parsed, Card)
+    assert answer.text.format.type == "json_schema"
+    free = respond(client, text={"format": {"type": "json_object"}}, max_output_tokens=300)
+    assert free.status == "incomplete" or isinstance(json.loads(free.output_text), dict)
 
 
 def test_nothing_is_stored_and_the_answer_says_so(gateway: Gateway, client: openai.OpenAI) -> None:

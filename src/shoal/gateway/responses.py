@@ -1,7 +1,8 @@
 """POST /v1/responses: OpenAI's newer endpoint, as far as it is text in and text out.
 
-A request becomes a chat request and is generated like one; only its fields and the shape of its answer differ. Nothing
-is stored, so answers cannot be fetched or referred to later. What would need storage, tools or other media is refused.
+A request becomes a chat request and is generated like one, also held to a schema; only its fields and the shape of its
+answer differ. Nothing is stored, so answers cannot be fetched or referred to later. What would need storage, tools or
+other media is refused.
 """
 
 from __future__ import annotations
@@ -16,12 +17,21 @@ from starlette.types import Receive, Scope, Send
 
 from shoal.errors import ShoalError
 from shoal.gateway.accounts import Account
-from shoal.gateway.choices import Choices, Order
+from shoal.gateway.choices import Choices, Order, Piece
 from shoal.gateway.errors import RequestError, error_body
 from shoal.gateway.generate import Generator, count, told_in_stream
 from shoal.gateway.limits import Limits, patient, read_body, while_connected
 from shoal.gateway.metrics import RequestMeter
-from shoal.gateway.openai import ChatRequest, Message, TextPart, ignored_header, not_offered, read
+from shoal.gateway.openai import (
+    ChatRequest,
+    JsonSchemaFormat,
+    Message,
+    ResponseFormat,
+    TextPart,
+    ignored_header,
+    not_offered,
+    read,
+)
 from shoal.gateway.replies import PING, STREAM_HEADERS, event, send_end, send_json, send_part, send_start
 
 _TEXT_PARTS = ("input_text", "output_text", "text")
@@ -60,7 +70,21 @@ class InputMessage(msgspec.Struct):
 
 
 class TextFormat(msgspec.Struct):
-    type: str
+    """What the answer's text must be; the fields of chat's `response_format`, one level higher."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    schema: dict[str, Any] | None = None
+    strict: bool | None = None
+
+    def chat(self) -> ResponseFormat:
+        if self.type != "json_schema":
+            return ResponseFormat(self.type)
+        return ResponseFormat(self.type, JsonSchemaFormat(self.name or "answer", self.schema, self.strict))
+
+    def shown(self) -> dict[str, Any]:
+        fields = {"name": self.name, "schema": self.schema, "strict": self.strict}
+        return {"type": self.type, **({} if self.type != "json_schema" else fields)}
 
 
 class TextOptions(msgspec.Struct):
@@ -98,8 +122,6 @@ class ResponseRequest(msgspec.Struct, kw_only=True):
             item.check(f"input[{place}]")
         if self.tools:
             raise not_offered("tools", "Tools are offered by /v1/chat/completions only.")
-        if self.text is not None and self.text.format is not None and self.text.format.type != "text":
-            raise not_offered("text.format", "Other formats than text are offered by /v1/chat/completions only.")
         for param, reason in (
             ("previous_response_id", "Answers are not stored; send the whole conversation as input."),
             ("conversation", "Conversations are not stored; send the whole conversation as input."),
@@ -127,7 +149,12 @@ class ResponseRequest(msgspec.Struct, kw_only=True):
             max_completion_tokens=self.max_output_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
+            response_format=self.format.chat(),
         )
+
+    @property
+    def format(self) -> TextFormat:
+        return (self.text and self.text.format) or TextFormat("text")
 
 
 class Responder:
@@ -145,8 +172,13 @@ class Responder:
             request.check()
             model = generator.pick(request.model, account)
             chat = request.chat()
-            chat.check(model.vocabulary.size)
-            order = await generator.chat_order(scope, chat, model, account)
+            try:
+                chat.check(model.vocabulary.size)
+                order = await generator.chat_order(scope, chat, model, account)
+            except RequestError as error:
+                # The chat endpoint's name for it; here it stands elsewhere.
+                error.param = (error.param or "").replace("response_format.json_schema", "text.format") or None
+                raise
             headers = {"x-shoal-ignored": ignored_header(ignored)} if ignored else {}
             wording = _Wording(request, order)
             async with generator.metered(order.most_tokens, account, order.trail, scope) as (meter, bill):
@@ -164,15 +196,17 @@ class _Wording:
         self._created = int(time.time())
         self._text: list[str] = []
         self._tokens = 0
+        self._reasoning_tokens = 0
         self._finish = ""
         self._sequence = 0
         self._item_id = f"msg_{order.request_id}"
 
-    def add(self, text: str, finish: str | None) -> None:
-        """One token's part of the answer."""
-        self._text.append(text)
+    def add(self, piece: Piece) -> None:
+        """One token's part of the answer. What a model thinks to itself is counted, not shown."""
+        self._text.append(piece.text)
         self._tokens += 1
-        self._finish = finish or ""
+        self._reasoning_tokens += bool(piece.reasoning)
+        self._finish = piece.finish or ""
 
     @property
     def complete(self) -> bool:
@@ -201,7 +235,7 @@ class _Wording:
             "reasoning": {"effort": None, "summary": None},
             "store": False,
             "temperature": self._order.params.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": request.format.shown()},
             "tool_choice": "auto",
             "tools": [],
             "top_p": self._order.params.top_p,
@@ -255,7 +289,7 @@ class _Wording:
             "input_tokens": self._order.prompt_tokens,
             "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
             "output_tokens": self._tokens,
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": self._reasoning_tokens},
             "total_tokens": self._order.prompt_tokens + self._tokens,
         }
 
@@ -276,7 +310,7 @@ async def _answer(
             async for piece in arriving:
                 if piece is not None:
                     count(piece, meter)
-                    wording.add(piece.text, piece.finish)
+                    wording.add(piece)
     await send_json(send, wording.response(ended=True), headers)
 
 
@@ -300,7 +334,7 @@ async def _stream(
                         await send_part(send, PING)
                         continue
                     count(piece, meter)
-                    wording.add(piece.text, piece.finish)
+                    wording.add(piece)
                     if piece.text:
                         await send_part(send, wording.delta(piece.text))
             await send_end(send, wording.end())
