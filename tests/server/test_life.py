@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 from support.inprocess import InProcess
-from support.networks import run
+from support.networks import certified, identity, run
 
 from shoal.compute.facts import describe
 from shoal.compute.families import random_model
-from shoal.errors import ModelError
+from shoal.errors import ModelError, NoSuchNode, ShoalError, UsageError
+from shoal.net import draining
+from shoal.net.memory import MemoryTransport
 from shoal.server import node as server_node
 from shoal.spec.ids import BlockRange
 from shoal.swarm import gossip
@@ -183,6 +185,44 @@ def test_a_drained_server_without_a_replica_finishes_what_it_has_and_takes_nothi
         await swarm.servers.pop(node).task
 
     scenario_on(model_dir, steps, 60)
+
+
+def test_draining_by_id_waits_for_the_end_and_says_what_it_cannot_do(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(draining, "FIND_S", 0.5)
+    monkeypatch.setattr(draining, "PROGRESS_S", 0.02)
+
+    async def steps(swarm: InProcess, expected: list[int]) -> None:
+        first, second = await swarm.add("0:6", "0:6")
+        admin = identity("admin")
+        seen: list[int] = []
+
+        async def drain(prefix: str, within_s: float = 20.0) -> msg.Record:
+            transport = MemoryTransport(swarm._network, certified(admin))
+            return await draining.drain(
+                admin,
+                transport,
+                (swarm._listener.address,),
+                prefix,
+                reason="test",
+                within_s=within_s,
+                on_progress=lambda record: seen.append(record.sessions),
+            )
+
+        for prefix, error in [("abc", UsageError), ("0" * 32, NoSuchNode), (first[:3], UsageError)]:
+            with pytest.raises(error):
+                await drain(prefix)
+        assert (await drain(first[:8])).node == first
+        await swarm.servers.pop(first).task
+        running = asyncio.create_task(swarm.tokens(PROMPT, len(expected)))
+        await until(lambda: swarm.driver.tokens > 3)
+        with pytest.raises(ShoalError, match="still holds"):
+            await drain(second[:8], within_s=0.0)
+        assert await running == expected
+        await swarm.servers.pop(second).task
+
+    scenario_on(model_dir, steps, 100)
 
 
 # --- borrowed machines ---------------------------------------------------------------------------------------------

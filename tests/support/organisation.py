@@ -63,7 +63,7 @@ class Organisation:
     def invite(self, role: str = "server", *flags: str) -> str:
         return str(json.loads(self.office.run("invite", "--role", role, *flags, "--json"))["token"])
 
-    def join(self, machine: Machine, blocks: str) -> dict[str, Any]:
+    def join(self, machine: Machine, blocks: str, *flags: str, threads: str = "1") -> dict[str, Any]:
         """A server on this machine, online."""
         command = (
             "join",
@@ -75,8 +75,9 @@ class Organisation:
             "--memory",
             "1GiB",
             "--threads",
-            "1",
+            threads,
             "--json",
+            *flags,
         )
         process = self.start(machine, *command)
         told = json.loads(process.line())

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+QUIET = 0.12
+
 
 @dataclass(frozen=True, slots=True)
 class NeighbourConfig:
     busy: float = 0.25
     """Share of all processors (0 to 1) that others use: from here on the owner works."""
-    quiet: float = 0.12
+    quiet: float = QUIET
     """Below this share nobody works: what a desktop does by itself."""
     busy_for_s: float = 3.0
     """A page that loads is not yet work."""
@@ -44,7 +46,7 @@ class Neighbour:
     def __init__(self, config: NeighbourConfig | None = None) -> None:
         self.config = config or NeighbourConfig()
         self.working = False
-        self.reason = "nothing is known yet of what the machine's owner does"
+        self.reason = ""
         self._busy_since: float | None = None
         self._disturbed_at: float | None = None
         """When the machine was last not quiet; None: not since we look."""
@@ -57,13 +59,13 @@ class Neighbour:
         if hands or sample.others >= config.quiet:
             self._disturbed_at = now
         if self.working:
-            if hands:
-                self._rest("somebody uses the keyboard or a terminal of this machine")
-            elif self._busy_since is not None and now - self._busy_since >= config.busy_for_s:
-                self._rest(f"other programs use {sample.others:.0%} of this machine's processors")
+            if hands or (self._busy_since is not None and now - self._busy_since >= config.busy_for_s):
+                self._rest(_reason(sample, hands))
         elif self._quiet_s(sample, now) >= config.quiet_for_s:
             self.working = True
             self.reason = "nobody else uses this machine"
+        elif not self.reason:
+            self._rest(_reason(sample, hands))  # not from the first look on: somebody is here
         return self.working
 
     def _note_load(self, others: float, now: float) -> None:
@@ -81,3 +83,11 @@ class Neighbour:
     def _rest(self, reason: str) -> None:
         self.working = False
         self.reason = reason
+
+
+def _reason(sample: Sample, hands: bool) -> str:
+    if hands:
+        return "somebody uses the keyboard or a terminal of this machine"
+    if sample.others < QUIET:
+        return "somebody used this machine a short time ago"
+    return f"other programs use {sample.others:.0%} of this machine's processors"
