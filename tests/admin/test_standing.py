@@ -20,7 +20,7 @@ from shoal.admin.attach import in_good_standing
 from shoal.admin.invites import revoke
 from shoal.admin.own import own_node
 from shoal.admin.service import AdminService, AlreadyAdmin
-from shoal.errors import PeerLost, Refused
+from shoal.errors import PeerLost, Refused, UsageError
 from shoal.net.directory import Directory
 from shoal.net.home import Home
 from shoal.net.identity import NodeIdentity, issue_node
@@ -323,6 +323,19 @@ def test_an_admin_whose_certificate_has_expired_while_it_was_away_comes_back_as_
     assert again.peer != admin.peer
     assert again.valid_until > datetime.datetime.now(datetime.UTC)
     assert home.node("admin") == again
+
+
+def test_labels_of_the_admins_own_nodes_are_those_last_given_and_the_node_stays_the_same(tmp_path: Path) -> None:
+    home = new_home(tmp_path)
+    first = own_node(home, "gateway", "gateway", labels=["hq", "bank"])
+    assert first.peer.labels == ("bank", "hq")
+    assert own_node(home, "gateway", "gateway") == first
+    other = own_node(home, "gateway", "gateway", labels=["hq"])
+    assert (other.peer.node, other.peer.labels) == (first.peer.node, ("hq",))
+    assert home.node("gateway") == other
+    assert own_node(home, "gateway", "gateway", labels=[]).peer.labels == ()
+    with pytest.raises(UsageError, match="no label"):
+        own_node(home, "gateway", "gateway", labels=["No"])
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import datetime
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 
 from shoal.admin.store import AdminStore
 from shoal.errors import UsageError
@@ -20,6 +21,7 @@ from shoal.net.identity import (
     ders_of,
     issue_node,
     key_of_certificate,
+    peer_of_pem,
 )
 from shoal.net.renewal import renewal_due
 
@@ -62,5 +64,8 @@ def reissued(
     """`identity` with a new certificate for the same key and role; `labels` None: the same, too."""
     peer = identity.peer
     key = key_of_certificate(identity.chain_der[0])
-    labels = peer.labels if labels is None else labels
-    return identity.renewed(ders_of(certify(issuer, peer.role, key, labels=labels, lifetime=lifetime)))
+    if labels is None or tuple(labels) == peer.labels:
+        return identity.renewed(ders_of(certify(issuer, peer.role, key, labels=peer.labels, lifetime=lifetime)))
+    # Other labels count at once, also when the certificate lasts no longer than the one before.
+    cert_pem = certify(issuer, peer.role, key, labels=labels, lifetime=lifetime)
+    return replace(identity, peer=peer_of_pem(cert_pem), cert_pem=cert_pem)
