@@ -397,4 +397,4 @@ class _Rounds:
             self._refusals.setdefault(name, []).append(text)
         target = self._targets.pop(name, None)
         if target is not None:
-            self._mesh.failed(target.node)
+            self._mesh.failed(target.node, time.monotonic())

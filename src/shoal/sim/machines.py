@@ -218,7 +218,7 @@ class Node(Machine):
     def _out_lost(self, node: str, out: _Out, cause: str) -> None:
         if self._outs.get(node) is out:
             del self._outs[node]
-        self.mesh.failed(node)
+        self.mesh.failed(node, self.now())
         self.on_out_lost(node, cause)
 
     def accept(self, end: End) -> None:

@@ -33,6 +33,9 @@ class Rng(Protocol):
 
 ROTATE_S = 20.0
 """One of the kept links is exchanged this often: a handshake costs both sides 8 ms, an old choice little."""
+LONGEST_PAUSE_S = 60.0
+"""A node that cannot be reached is tried again after 2, 4, 8 ... seconds, and at last this often: not every machine can
+reach every other one."""
 PROBE_NODES = 8
 """How many nodes of a large swarm, on average, look each round for a seed or for someone whose lease ran out. One is
 enough to join two halves again after a partition, also when no seed lives."""
@@ -95,6 +98,8 @@ class Mesh:
         self._seeds = [Target.seed(address) for address in dict.fromkeys(seeds)]
         self.pace = SMALL
         """As of the last round."""
+        self._failed: dict[str, tuple[int, float]] = {}
+        """node -> (how often in a row, not to be drawn before)."""
         self._kept: dict[str, Target] = {}
         self._rotate_at_s: float | None = None
 
@@ -118,9 +123,11 @@ class Mesh:
             partners.append(_target(rng.choice(lost)))
         return partners
 
-    def failed(self, node: str) -> None:
-        """The link to it broke or could not be made: draw another one."""
+    def failed(self, node: str, now: float) -> None:
+        """The link to it broke or could not be made: draw another one, and leave this one alone for a while."""
         self._kept.pop(node, None)
+        count = self._failed.get(node, (0, 0.0))[0] + 1
+        self._failed[node] = (count, now + min(LONGEST_PAUSE_S, 2.0**count))
 
     def _choose(self, view: View, now: float, rng: Rng, measured: Collection[str]) -> None:
         """Keep links to `Pace.links` living nodes, and exchange the oldest one now and then."""
@@ -130,7 +137,11 @@ class Mesh:
         rotating = now >= self._rotate_at_s
         if len(self._kept) >= self.pace.links and not rotating:
             return
-        avoid = view.suspects(now) | self._kept.keys()
+        for node, (_, until_s) in list(self._failed.items()):
+            if now >= until_s + LONGEST_PAUSE_S:
+                del self._failed[node]
+        resting = {node for node, (_, until_s) in self._failed.items() if now < until_s}
+        avoid = view.suspects(now) | self._kept.keys() | resting
         others = [record for record in view.live(now) if record.node not in avoid and self._can_ask(record)]
         if rotating:
             self._rotate_at_s = now + ROTATE_S
