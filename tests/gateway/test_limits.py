@@ -107,15 +107,16 @@ def test_a_head_that_is_too_long_is_400(start: Start) -> None:
 
 
 @pytest.mark.parametrize("more", [b"zz\r\n", b"-5\r\nhello\r\n"])
+@pytest.mark.parametrize("method", [b"POST", b"HEAD"])
 @pytest.mark.parametrize("path", [b"/no/such/page", b"/v1/completions"])
 def test_broken_bytes_behind_a_request_leave_no_error_in_the_log(
-    start: Start, caplog: pytest.LogCaptureFixture, path: bytes, more: bytes
+    start: Start, caplog: pytest.LogCaptureFixture, method: bytes, path: bytes, more: bytes
 ) -> None:
     # 400 is said while the request before the bytes is still being answered: two answers, of which one must give way.
     gateway = start(Limits())
     with connect(gateway) as connection:
         connection.sendall(
-            b"POST " + path + b" HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n" + more
+            method + b" " + path + b" HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n" + more
         )
         assert connection.makefile("rb").read().startswith(b"HTTP/1.1 4")
     with gateway.http() as client:

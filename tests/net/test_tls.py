@@ -22,7 +22,7 @@ from shoal.errors import PeerLost, ProtocolError, Refused, UsageError
 from shoal.net import strangers
 from shoal.net.identity import NodeIdentity, certify, issue_node
 from shoal.net.tls import TlsTransport
-from shoal.net.transport import Address, Conn, Heartbeat
+from shoal.net.transport import MAX_CONNECTIONS_PER_MEMBER, Address, Conn, Heartbeat
 from shoal.wire import codec
 from shoal.wire.frames import FrameReader, FrameWriter
 from shoal.wire.messages import PROTOCOL_VERSION, Fault, Hello, Message, Ping
@@ -267,6 +267,25 @@ def test_a_thousand_that_dawdle_do_not_hold_up_one_who_speaks(monkeypatch: pytes
         await conn.close()
         for _, writer in dawdlers:
             writer.transport.abort()
+        await listener.close()
+
+    run(scenario)
+
+
+def test_a_member_cannot_take_the_places_of_all_others() -> None:
+    async def scenario() -> None:
+        listener = await TlsTransport(identity("server"), FAST).listen(ANY_PORT, hold)
+        greedy = TlsTransport(identity("client"), FAST)
+        conns = [await greedy.dial([listener.address]) for _ in range(MAX_CONNECTIONS_PER_MEMBER)]
+        one_more = await greedy.dial([listener.address])
+        with pytest.raises(PeerLost):
+            await one_more.receive()
+        other = await TlsTransport(identity("client"), FAST).dial([listener.address])
+        assert all(conn.is_open for conn in (*conns, other))
+        await conns.pop().close()
+        again = await greedy.dial([listener.address])
+        for conn in (*conns, other, again):
+            await conn.close()
         await listener.close()
 
     run(scenario)

@@ -252,7 +252,9 @@ def _protocol(limits: Limits) -> type[H11Protocol]:
 
             An answer that is under way already is cut off: the bytes that broke the rules are behind its request.
             """
+            head_only = False
             if self.cycle is not None:
+                head_only = not self.cycle.response_complete and self.cycle.scope["method"] == "HEAD"
                 # Whoever still works on that request would answer into a connection that has had its last word, and
                 # leave a traceback in the log for every stranger who likes to see one.
                 self.cycle.disconnected = True
@@ -267,7 +269,8 @@ def _protocol(limits: Limits) -> type[H11Protocol]:
                 (b"connection", b"close"),
                 (b"x-request-id", secrets.token_hex(16).encode()),
             ]
-            for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+            parts = () if head_only else (h11.Data(data=body),)
+            for event in (h11.Response(status_code=400, headers=headers), *parts, h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
             self.transport.close()
 

@@ -9,6 +9,7 @@ import asyncio
 import ipaddress
 import re
 import socket
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -112,13 +113,21 @@ class Transport(Protocol):
         directions. `nodes` replaces the nodes that were refused so far."""
 
 
+MAX_CONNECTIONS = 1024
+"""Of one listener, handshakes included."""
+MAX_CONNECTIONS_PER_MEMBER = 16
+"""A node needs two or three to another: a member with a certificate must not take the places of all others."""
+
+
 class Acceptor:
     """Greets accepted connections and runs their handlers: the part of a listener that all transports share."""
 
-    def __init__(self, on_conn: OnConn, *, max_connections: int = 1024) -> None:
+    def __init__(self, on_conn: OnConn, *, max_connections: int = MAX_CONNECTIONS) -> None:
         self._on_conn = on_conn
         self._max_connections = max_connections
         self._tasks: set[asyncio.Task[None]] = set()
+        self._held: Counter[str] = Counter()
+        """Greeted connections of each node."""
         self._first_failure: BaseException | None = None
         self._latest_failure: BaseException | None = None
 
@@ -149,7 +158,7 @@ class Acceptor:
         try:
             conn = await connect
             await conn.greeted()
-            await self._on_conn(conn)
+            await self._handle(conn)
         except (PeerLost, Refused, ProtocolError):
             # A stranger turned away, a peer lost: how connections end. The handler has heard of it from receive().
             pass
@@ -162,6 +171,18 @@ class Acceptor:
         finally:
             if conn is not None:
                 await conn.close()
+
+    async def _handle(self, conn: Conn) -> None:
+        node = conn.peer.node
+        if self._held[node] >= MAX_CONNECTIONS_PER_MEMBER:
+            return
+        self._held[node] += 1
+        try:
+            await self._on_conn(conn)
+        finally:
+            self._held[node] -= 1
+            if not self._held[node]:
+                del self._held[node]
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
