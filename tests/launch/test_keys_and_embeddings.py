@@ -97,3 +97,14 @@ def test_embeddings_are_those_of_the_whole_model_and_do_not_disturb_answers(swar
     for entry, wanted in zip(answer.data, expected * 5, strict=True):
         assert entry.embedding == pytest.approx(wanted, abs=1e-4)
     until(lambda: not any(server["sessions"] for server in swarm.servers()), "every session is closed")
+
+
+def test_the_key_of_an_earlier_run_over_the_same_directory_is_worthless(swarm: Swarm, tmp_path: Path) -> None:
+    swarm.stop()
+    again = Swarm(tmp_path, "--servers", "2", "--memory", "1GiB")
+    try:
+        with client(again, swarm.key) as old, pytest.raises(openai.AuthenticationError):
+            old.models.list()
+        assert again.http.get("/models").status_code == 200
+    finally:
+        again.stop()

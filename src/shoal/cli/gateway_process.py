@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from shoal.wire.messages import WireType
 
 
+OWN_KEY = "shoal up"
+"""Name of the key that every run of `shoal up` makes for itself."""
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
     """The command line of a gateway process."""
@@ -118,7 +122,10 @@ async def _serve(options: Options, seed: Seed, transport: TlsTransport, node: st
 
     def announce(url: str, models: dict[str, SwarmModel]) -> None:
         accounts = Accounts(options.swarm_dir / "accounts.sqlite")
-        key, _ = accounts.create("shoal up")
+        for account in accounts.records():
+            if account.name == OWN_KEY:
+                accounts.revoke(account.id)  # of an earlier run over the same directory: it was printed somewhere
+        key, _ = accounts.create(OWN_KEY)
         accounts.close()
         output.answer_json({"api": f"{url}/v1", "key": key, "chat": models[options.name].chats})
 
