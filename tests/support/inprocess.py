@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 
+from shoal.client.checks import Found
 from shoal.client.driver import Driver, DriverConfig
 from shoal.compute.facts import describe
 from shoal.compute.head import HeadEngine
 from shoal.compute.split import build_ends
-from shoal.net.identity import Role
+from shoal.net.identity import NodeIdentity, Role
 from shoal.net.memory import MemoryNetwork, MemoryTransport
 from shoal.net.seed import Seed
-from shoal.net.transport import Conn
+from shoal.net.transport import Conn, Transport
 from shoal.net.worker import Worker
 from shoal.server.node import BlockServer, ServerConfig
 from shoal.spec.ids import BlockRange
@@ -29,6 +30,8 @@ from support.networks import certified, identity
 
 GREEDY = SamplingParams(temperature=0.0)
 ANY_PORT = "tcp://127.0.0.1:0"
+
+Make = Callable[[ServerConfig, NodeIdentity, Transport], BlockServer]
 
 
 @dataclass
@@ -49,6 +52,8 @@ class InProcess:
     def __init__(self, model_dir: Path, config: DriverConfig | None = None, *, labels: Sequence[str] = ()) -> None:
         """`labels` are the driving gateway's."""
         self.recovered: list[Recovered] = []
+        self.found: list[Found] = []
+        self.dropped: list[str] = []
         self.servers: dict[str, Running] = {}
         self._model_dir = model_dir
         self._config = config or DriverConfig(session=SessionConfig(patience_s=1.0))
@@ -71,6 +76,8 @@ class InProcess:
             worker=self._worker,
             labels=gateway.peer.labels,
             on_recovered=self.recovered.append,
+            on_found=self.found.append,
+            on_dropped=self.dropped.append,
         )
         self._seed.on_change = self.driver.view_changed
         self.driver.start()
@@ -86,21 +93,22 @@ class InProcess:
         await asyncio.gather(*(running.task for running in self.servers.values()))
         await self._listener.close()
 
-    async def add(self, *spans: str, cache_tokens: int = 1024, labels: Sequence[str] = ()) -> list[str]:
-        """Start a server for each span "START:END"; their node ids, once all are online."""
-        nodes = [
-            self.start(blocks=BlockRange.parse(span), cache_tokens=cache_tokens, labels=tuple(labels)) for span in spans
-        ]
+    async def add(
+        self, *spans: str, cache_tokens: int = 1024, labels: Sequence[str] = (), make: Make = BlockServer, **fields: Any
+    ) -> list[str]:
+        """Start a server for each span "START:END", with `make`; their node ids, once all are online."""
+        fields |= {"cache_tokens": cache_tokens, "labels": tuple(labels), "make": make}
+        nodes = [self.start(blocks=BlockRange.parse(span), **fields) for span in spans]
         await self.states(dict.fromkeys(nodes, "online"))
         return nodes
 
-    def start(self, labels: tuple[str, ...] = (), **fields: Any) -> str:
+    def start(self, labels: tuple[str, ...] = (), make: Make = BlockServer, **fields: Any) -> str:
         """Start a server with these fields of its ServerConfig; its node id."""
         server = identity("server", labels=labels)
         node = server.peer.node
         values: dict[str, Any] = {"memory_bytes": 1 << 28, "cache_tokens": 1024, "labels": server.peer.labels}
         config = ServerConfig(self._model_dir, ANY_PORT, (self._listener.address,), **(values | fields))
-        running = BlockServer(config, server, MemoryTransport(self._network, certified(server)))
+        running = make(config, server, MemoryTransport(self._network, certified(server)))
         self.servers[node] = Running(running, asyncio.create_task(running.run(), name=f"server {node}"))
         return node
 

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 
+from shoal.client.checks import CheckConfig, Checks, Found
 from shoal.client.sessions import Handle, OnHost, Sessions
 from shoal.compute.activations import to_numpy, to_torch
 from shoal.compute.facts import ModelFacts
@@ -32,6 +33,7 @@ from shoal.net.directory import Directory
 from shoal.net.transport import Transport
 from shoal.net.worker import Worker
 from shoal.spec.sampling import Constraint, Sampled, SamplingParams
+from shoal.swarm.honesty import Reputation
 from shoal.swarm.session import Recovered, SessionConfig
 from shoal.swarm.trust import Zones
 from shoal.wire import messages as msg
@@ -57,6 +59,8 @@ class DriverConfig:
     chunk_rows: int = 256
     """Prompt rows per step: small enough that the stages of a chain overlap, large enough for efficient products."""
     session: SessionConfig = field(default_factory=SessionConfig)
+    checks: CheckConfig = field(default_factory=partial(CheckConfig, rate=0.0))
+    """How servers are compared; by default they are not."""
 
 
 @dataclass(slots=True, eq=False)
@@ -95,9 +99,14 @@ class Driver:
         config: DriverConfig | None = None,
         worker: Worker,
         labels: Sequence[str] = (),
+        reputation: Reputation | None = None,
         on_recovered: Callable[[Recovered], None] = lambda recovered: None,
+        on_found: Callable[[Found], None] = lambda found: None,
+        on_dropped: Callable[[str], None] = lambda cause: None,
     ) -> None:
-        """`labels` are those in this node's own certificate: a trust zone may demand one of the embedding and head."""
+        """`labels` are those in this node's own certificate: a trust zone may demand one of the embedding and head.
+        `reputation` is what this node knows of servers, shared by the drivers of all its models; `on_found` hears how
+        every check of a server ended, `on_dropped` why one came to nothing."""
         self.facts = facts
         self.tokens = 0
         self.embedding_size = head.embedding_size
@@ -114,8 +123,20 @@ class Driver:
             wire=self._config.wire,
             config=self._config.session,
             labels=labels,
+            reputation=(reputation := reputation or Reputation()),
             on_recovered=on_recovered,
             on_frame_end=self._kick,
+        )
+        self.reputation = reputation
+        self.checks = Checks(
+            self.sessions,
+            directory,
+            reputation,
+            model=facts.name,
+            num_blocks=facts.num_blocks,
+            config=self._config.checks,
+            on_found=on_found,
+            on_dropped=on_dropped,
         )
         self._runs: set[_Run] = set()
         self._rows: deque[tuple[_Run, wire_rows.Rows]] = deque()
@@ -124,11 +145,13 @@ class Driver:
 
     def start(self) -> None:
         self.sessions.start()
+        self.checks.start()
 
     async def close(self) -> None:
         """End every generation (those who wait for a token hear an error) and connection."""
         for run in self._runs:
             run.out.put_nowait(ShoalError("The driver was closed while an answer was running."))
+        await self.checks.close()
         await self.sessions.close()
 
     def view_changed(self) -> None:
@@ -390,6 +413,7 @@ class Driver:
             "wire_error": self._encoder.error,
             "replayed_rows": counters.replayed_rows,
             "last_stall_ms": round(counters.last_stall_s * 1e3, 1),
+            "checks": self.checks.statistics(),
             "rtt_ms": {node: round(ms, 3) for node, ms in self.sessions.rtts_ms().items()},
         }
 

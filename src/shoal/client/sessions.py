@@ -15,14 +15,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 from shoal.errors import ProtocolError, ShoalError, SwarmIncomplete
 from shoal.net.directory import Directory
 from shoal.net.link import Link
-from shoal.net.transport import Transport
+from shoal.net.transport import Body, Transport
 from shoal.spec.ids import BlockRange
 from shoal.swarm import session as decide
 from shoal.swarm.estimates import Links
+from shoal.swarm.honesty import Reputation
 from shoal.swarm.routing import Hop, policy_unmet, route, why_no_chain
 from shoal.swarm.trust import Zones, ends_unmet, permits
 from shoal.wire import messages as msg
@@ -48,6 +50,39 @@ OnHost = Callable[[str, BlockRange], None]
 """on_host(node, blocks): this node is about to be given inputs of these blocks, so its owner can read the text."""
 
 
+class Keeper(Protocol):
+    """Keeps rows of one stage of a running call, to compare them later."""
+
+    plans: int
+    """As long as the session has made so many plans, its chain is the one that is watched."""
+
+    def take(self, node: str, block: int, item: msg.StepItem, rows: wire_rows.Rows) -> None:
+        """`node` sent these inputs of `block`."""
+
+
+class Observer(Protocol):
+    """Hears of the calls of a Sessions. `began` may give a handle a `watch`."""
+
+    def began(self, handle: Handle) -> None:
+        """The call's chain stands for the first time."""
+
+    def ended(self, handle: Handle) -> None:
+        """Nothing more comes of it."""
+
+
+class Guest(Protocol):
+    """A session on one server, beside the chains, driven by somebody else over our connections."""
+
+    def on_message(self, node: str, message: msg.Message) -> None:
+        """Opened, Denied or Gone."""
+
+    def on_rows(self, node: str, item: msg.StepItem, rows: wire_rows.Rows) -> None:
+        """Outputs; they share memory with the frame they came in."""
+
+    def on_lost(self, node: str, cause: str) -> None:
+        """A connection to a server has ended."""
+
+
 @dataclass(slots=True)
 class Handle:
     """One open session and whom to tell about it."""
@@ -63,6 +98,13 @@ class Handle:
     on_host: OnHost | None = None
     hosts: set[tuple[str, BlockRange]] = field(default_factory=set)
     """Who has been given inputs, and of which blocks."""
+    begun: bool = False
+    """Its chain has stood."""
+    watch: Keeper | None = None
+
+    def came(self, node: str, block: int, item: msg.StepItem, rows: wire_rows.Rows) -> None:
+        if self.watch is not None and self.session.counters.replans == self.watch.plans:
+            self.watch.take(node, block, item, rows)
 
 
 @dataclass(slots=True)
@@ -87,11 +129,16 @@ class Sessions:
         wire: msg.WireType,
         config: decide.SessionConfig | None = None,
         labels: Sequence[str] = (),
+        reputation: Reputation | None = None,
         on_recovered: Callable[[decide.Recovered], None] = lambda recovered: None,
         on_frame_end: Callable[[], None] = lambda: None,
     ) -> None:
-        """`labels` are this node's own; `on_frame_end` is called after all rows of a frame were handed out."""
+        """`labels` are this node's own; `reputation` says which servers are in quarantine; `on_frame_end` is called
+        after all rows of a frame were handed out."""
         self.counters = SessionCounters()
+        self.observer: Observer | None = None
+        self._reputation = reputation or Reputation()
+        self._guests: dict[bytes, Guest] = {}
         self.wire = wire
         self._model = model
         self._num_blocks = num_blocks
@@ -177,9 +224,25 @@ class Sessions:
             if not handle.session.ended:
                 self._perform(handle, handle.session.close())
             self.flush()
+            if self.observer is not None:
+                self.observer.ended(handle)
 
     def __len__(self) -> int:
         return len(self._handles)
+
+    # --- sessions beside the chains --------------------------------------------------------------------------
+
+    def attach(self, id: bytes, guest: Guest) -> None:
+        """Hand what servers say of session `id` to `guest`, until `detach`."""
+        self._guests[id] = guest
+
+    def detach(self, id: bytes) -> None:
+        self._guests.pop(id, None)
+
+    def post(self, node: str, addresses: Sequence[str], message: msg.Message, body: Sequence[Body] = ()) -> None:
+        """Send a guest's message. Nobody is called only to be told of an end."""
+        if not isinstance(message, msg.Close) or node in self._links:
+            self._link(node, addresses).send(message, body)
 
     # --- decisions' helpers ----------------------------------------------------------------------------------
 
@@ -196,12 +259,13 @@ class Sessions:
         self, zones: tuple[Zones, ...], blocks: BlockRange, avoid: frozenset[str], need_tokens: int, now: float
     ) -> Sequence[Hop] | None:
         view = self._directory.view
+        records = view.live(now)
         chain = route(
-            view.live(now),
+            records,
             self._model,
             self._num_blocks,
             rng=self._rng,
-            avoid=avoid | view.suspects(now),
+            avoid=avoid | view.suspects(now) | self._reputation.avoid(records, self._node, now),
             need_tokens=need_tokens,
             start=blocks.start,
             end=blocks.end,
@@ -210,6 +274,16 @@ class Sessions:
             zones=zones,
         )
         return None if chain is None else chain.hops
+
+    def shun(self) -> None:
+        """Take running sessions away from servers in quarantine."""
+        now = time.monotonic()
+        avoid = self._reputation.avoid(self._directory.view.live(now), self._node, now)
+        for handle in list(self._handles.values()) if avoid else ():
+            for hop in handle.session.chain:
+                if hop.node in avoid:
+                    self._perform(handle, handle.session.evict(hop.node, "quarantine", now))
+        self.flush()
 
     # --- distances -------------------------------------------------------------------------------------------
 
@@ -278,6 +352,9 @@ class Sessions:
                         self._link(node, addresses).send(message)
                 case decide.Live():
                     self._note_hosts(handle)
+                    if self.observer is not None and not handle.begun:
+                        self.observer.began(handle)
+                    handle.begun = True
                     was_live = True
                 case decide.Deliver(position, _, payload):
                     handle.on_rows(position, payload)
@@ -308,6 +385,7 @@ class Sessions:
             self._model,
             self._num_blocks,
             avoid=view.suspects(now),
+            shunned=self._reputation.avoid(view.live(now), self._node, now),
             retry_after_s=error.retry_after_s,
             zones=zones,
         )
@@ -358,20 +436,28 @@ class Sessions:
             case msg.Result(items, tensor):
                 for item, rows in wire_rows.cut(items, tensor, body):
                     if (handle := self._handles.get(item.session)) is not None:
+                        handle.came(node, item.block, item, rows)
                         self._perform(handle, handle.session.on_result(node, item, rows, now))
+                    elif (guest := self._guests.get(item.session)) is not None:
+                        guest.on_rows(node, item, rows)
             case msg.Journal(block, items, tensor):
                 for item, rows in wire_rows.cut(items, tensor, body):
                     if (handle := self._handles.get(item.session)) is not None:
                         # The journal lives as long as the session: a slice must not keep its whole frame alive.
                         kept = rows if len(items) == 1 else rows.copy()
+                        handle.came(node, block, item, kept)
                         self._perform(handle, handle.session.on_journal(node, block, item, kept, now))
             case msg.Opened() | msg.Relinked() | msg.Denied():
                 if (handle := self._handles.get(message.session)) is not None:
                     self._perform(handle, handle.session.on_message(node, message, now))
+                elif (guest := self._guests.get(message.session)) is not None:
+                    guest.on_message(node, message)
             case msg.Gone(sessions):
                 for id in sessions:
                     if (handle := self._handles.get(id)) is not None:
                         self._perform(handle, handle.session.on_message(node, message, now))
+                    elif (guest := self._guests.get(id)) is not None:
+                        guest.on_message(node, message)
             case msg.Fault(code, text):
                 raise ProtocolError(f"Server {node} reported {code}: {text}")
         self._on_frame_end()
@@ -393,6 +479,8 @@ class Sessions:
         self._directory.view.suspect(node, now, SUSPECT_S)
         for handle in list(self._handles.values()):
             self._perform(handle, handle.session.on_peer_lost(node, cause, now))
+        for guest in list(self._guests.values()):
+            guest.on_lost(node, cause)
         self.flush()
 
     def _on_ticker_end(self, ticker: asyncio.Task[None]) -> None:
@@ -415,6 +503,7 @@ class Sessions:
             if now - self._scouted_at > SCOUT_S:
                 self._scouted_at = now
                 self.scout()
+                self.shun()
             for node, link in self._links.items():
                 if link.rtt_s is not None:
                     self._rtts.measured(self._node, node, link.rtt_s * 1e3)

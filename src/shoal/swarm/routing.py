@@ -184,11 +184,13 @@ def why_no_chain(
     num_blocks: int,
     *,
     avoid: AbstractSet[str] = frozenset(),
+    shunned: AbstractSet[str] = frozenset(),
     retry_after_s: float | None = None,
     zones: Sequence[Zones] = (),
 ) -> SwarmIncomplete | PolicyUnmet | None:
-    """What is missing when `route` found nothing: blocks that nobody hosts, that nobody hosts who may, or whose servers
-    cannot be reached. None when every block is covered, so that something else is in the way."""
+    """What is missing when `route` found nothing: blocks that nobody hosts, that nobody hosts who may, whose servers
+    are all in quarantine (`shunned`), or whose servers cannot be reached. None when every block is covered, so that
+    something else is in the way."""
     name = model.partition("@")[0]
     if missing := missing_blocks(records, model, num_blocks):
         return SwarmIncomplete(
@@ -196,7 +198,15 @@ def why_no_chain(
             hint="Start a server for these blocks, or wait for one that restarts; `shoal status` shows who is here.",
             retry_after_s=retry_after_s,
         )
-    reachable = [record for record in records if record.node not in avoid]
+    trusted = [record for record in records if record.node not in shunned]
+    wrong = missing_blocks(trusted, model, num_blocks, zones)
+    if wrong and not missing_blocks(records, model, num_blocks, zones):
+        return SwarmIncomplete(
+            f"The servers of blocks {', '.join(map(str, wrong))} of {name} were found wrong and are in quarantine.",
+            hint="Start another server for these blocks; `shoal status --explain` says who was found wrong.",
+            retry_after_s=retry_after_s,
+        )
+    reachable = [record for record in trusted if record.node not in avoid]
     for candidates in (records, reachable):
         if unmet := policy_unmet(candidates, model, num_blocks, zones, retry_after_s=retry_after_s):
             return unmet

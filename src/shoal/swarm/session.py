@@ -278,6 +278,16 @@ class Session:
         return tuple(stage.hop for stage in self._stages)
 
     @property
+    def inputs(self) -> Log:
+        """All rows that were fed."""
+        return self._logs[self._blocks.start]
+
+    @property
+    def results_from(self) -> int:
+        """Outputs below this position are not asked for, except of a lone server."""
+        return self._results_from
+
+    @property
     def live(self) -> bool:
         """Every stage answered: steps flow."""
         return bool(self._stages) and all(stage.alive and stage.answered for stage in self._stages)
