@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from shoal.client.served import SwarmModel
     from shoal.compute.facts import ModelFacts
+    from shoal.gateway.audit import Audit
     from shoal.gateway.metrics import Metrics
     from shoal.gateway.server import TlsFiles
     from shoal.manifest.writer import AuditWriter
     from shoal.net.seed import Seed
     from shoal.net.tls import TlsTransport
     from shoal.net.worker import Worker
+    from shoal.swarm.honesty import Reputation
     from shoal.swarm.trust import Zones
     from shoal.wire.messages import WireType
 
@@ -57,6 +59,8 @@ class Plan:
     wire: WireType = "f32"
     device: str = "cpu"
     exact: bool = False
+    checks: float = 0.02
+    """Share of every server's calls that are computed again on another one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +96,17 @@ async def answer(
     from shoal.gateway.limits import Limits
     from shoal.gateway.metrics import Metrics
     from shoal.gateway.server import serve
+    from shoal.swarm.honesty import Reputation
 
     metrics = Metrics()
+    reputation = Reputation()
     parts: list[_Part] = []
     accounts = Accounts(plan.home / "accounts.sqlite")
     writer = _audit_writer(plan, seed, transport)
+    audit = Audit(writer)
     try:
         for offer in plan.offers:
-            parts.append(await _start(plan, offer, seed, transport, node, metrics, place))
+            parts.append(await _start(plan, offer, seed, transport, node, metrics, place, audit, reputation))
         models = {part.model.name: part.model for part in parts}
 
         def view_changed() -> None:
@@ -109,7 +116,7 @@ async def answer(
         seed.on_change = view_changed
         if place is not None:
             await seed.wait_for(lambda records: not any(model.missing() for model in models.values()))
-        app = create_app(models, accounts, metrics=metrics, hosts=plan.hosts, origins=plan.origins, audit=Audit(writer))
+        app = create_app(models, accounts, metrics=metrics, hosts=plan.hosts, origins=plan.origins, audit=audit)
         limits = Limits(shutdown_s=STREAMS_END_S)
         async with serve(app, plan.host, plan.port, limits=limits, tls=plan.tls) as listening:
             gc.freeze()  # as in server_process.py
@@ -154,18 +161,26 @@ async def _start(
     node: str,
     metrics: Metrics,
     place: Place | None,
+    audit: Audit,
+    reputation: Reputation,
 ) -> _Part:
     """Load both ends of a model and drive it."""
     from functools import partial
 
     import torch
 
+    from shoal.client.checks import CheckConfig, Found
     from shoal.client.driver import Driver, DriverConfig
     from shoal.client.served import SwarmModel, load_tokenizer, read_pooling
     from shoal.compute.facts import describe
     from shoal.compute.head import HeadEngine
     from shoal.compute.split import build_ends
+    from shoal.gateway.audit import note_check
     from shoal.net.worker import Worker
+
+    def on_found(found: Found) -> None:
+        metrics.spotcheck(found.finding.result)
+        note_check(audit, offer.name, found)
 
     worker = Worker(f"head of {offer.name}", partial(torch.set_num_threads, 1))
     dtype: torch.dtype = getattr(torch, plan.dtype)
@@ -179,10 +194,13 @@ async def _start(
         node=node,
         transport=transport,
         directory=seed.directory,
-        config=DriverConfig(wire=plan.wire),
+        config=DriverConfig(wire=plan.wire, checks=CheckConfig(rate=plan.checks)),
         worker=worker,
         labels=transport.identity.peer.labels,
+        reputation=reputation,
         on_recovered=lambda recovered: metrics.failover(recovered.cause),
+        on_found=on_found,
+        on_dropped=metrics.spotcheck,
     )
     driver.start()
     reasons = [] if placing is None else await placing

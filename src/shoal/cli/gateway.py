@@ -65,6 +65,13 @@ if TYPE_CHECKING:
 )
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda:N, for embedding and head.")
 @click.option("--exact", is_flag=True, help="fp32 numbers that do not depend on other sessions.")
+@click.option(
+    "--checks",
+    type=click.FloatRange(0.0, 1.0),
+    default=0.02,
+    show_default=True,
+    help="Share of every server's calls that is computed again on another one, to find those that lie.",
+)
 @click.option("--swarm-dir", type=click.Path(path_type=Path), default=None, help="Directory of the swarm.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON when ready.")
 def gateway(token: str | None, as_json: bool, **options: Any) -> int:
@@ -126,6 +133,7 @@ def _plan(home: Home, options: dict[str, Any]) -> Plan:
         wire=wire,
         device=options["device"],
         exact=options["exact"],
+        checks=options["checks"],
     )
 
 

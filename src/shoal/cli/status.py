@@ -52,6 +52,9 @@ def _show(found: dict[str, Any], explain: bool) -> None:
         + (f"; lost servers replaced: {losses}; last gap {driver['last_stall_ms']:.0f} ms" if losses else "")
     )
     _show_wire(found)
+    for server in found["servers"]:
+        if server["honesty"]["level"] in ("quarantined", "avoided"):
+            output.answer(f"server {server['id'][:8]} was found wrong and gets nothing; --explain says more")
     for node in found["audit_rolled_back"]:
         output.answer(f"the audit log of {node[:8]} was rolled back or replaced; the gateway's log says from where")
     if explain:

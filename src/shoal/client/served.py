@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,9 @@ class SwarmModel:
         facts = self._driver.facts
         driven = Counter(hop.node for chain in self._driver.sessions.chains() for hop in chain)
         servers = [
-            _describe(record, driven[record.node]) for record in self._directory.live() if record.role == "server"
+            _describe(record, driven[record.node]) | {"honesty": self._honesty(record)}
+            for record in self._directory.live()
+            if record.role == "server"
         ]
         missing = self.missing()
         return {
@@ -181,7 +184,12 @@ class SwarmModel:
             "missing": missing,
             "servers": servers,
             "driver": self._driver.statistics(),
-            "explain": [*self.placement_reasons, *self._explain_places(), *self._explain_zones()],
+            "explain": [
+                *self.placement_reasons,
+                *self._explain_places(),
+                *self._explain_zones(),
+                *self._explain_honesty(),
+            ],
             "zones": written(self.zones),
             "labels": sorted(self._labels),
             "audit_rolled_back": sorted(self._directory.view.rolled_back),
@@ -223,6 +231,41 @@ class SwarmModel:
             policy_unmet(records, facts.name, facts.num_blocks, self.zones),
         )
         return lines + [f"requests are refused: {refusal}" for refusal in refusals if refusal is not None]
+
+    def _honesty(self, record: Record) -> dict[str, Any]:
+        """What checks have found about a server; "avoided": other gateways name it."""
+        now = time.monotonic()
+        standing = self._driver.reputation.standing(record.node, now)
+        avoided = record.node in self._driver.reputation.avoid(self._directory.live(), self._directory.node, now)
+        level = "avoided" if avoided and standing.level != "quarantined" else standing.level
+        return {**asdict(standing), "level": level, "ends_in_s": round(standing.ends_in_s)}
+
+    def _explain_honesty(self) -> list[str]:
+        """How servers are compared, where nothing can be, and who is not trusted."""
+        checks = self._driver.checks.statistics()
+        if not checks["rate"]:
+            return ["no server's answers are computed again (--checks 0)"]
+        done = ", ".join(f"{count} {result}" for result, count in sorted(checks["results"].items())) or "none yet"
+        lines = [f"of each server's calls {checks['rate']:.1%} are computed again elsewhere; so far {done}"]
+        if checks["uncompared"]:
+            lines.append(f"blocks {', '.join(checks['uncompared'])} have one server: nothing it says can be compared")
+        for record in self._directory.live():
+            if record.role != "server":
+                continue
+            found = self._honesty(record)
+            if found["level"] == "quarantined":
+                hours = found["ends_in_s"] / 3600
+                lines.append(
+                    f"{record.node} gets nothing for {hours:.1f} h more, it was found wrong: {found['reason']}"
+                )
+            elif found["level"] == "avoided":
+                lines.append(f"{record.node} gets nothing: enough other gateways found it wrong")
+            elif found["level"] == "suspected":
+                lines.append(
+                    f"{record.node} was wrong in {found['strikes']} of its last {found['checks']} checks"
+                    f" and is one side of {found['disputes']} that could not be decided"
+                )
+        return lines
 
 
 def _needs(facts: ModelFacts, records: Sequence[Record]) -> ModelNeeds:

@@ -2,6 +2,8 @@
 
     request.hosts   which machines are about to compute which blocks; again when others take over from a lost one
     request         how it ended, with all machines; also when it failed, was refused for a trust zone, or was left
+    check           part of a request was computed again elsewhere, and the numbers differ (swarm.honesty)
+    quarantine      a machine gets nothing any more because of that
 
 Neither holds any text. The first kind is on its way to the disk when the inputs leave, and on the disk before the first
 byte of the answer does; the second before the last byte. So whoever saw an answer finds it in the log, even if the
@@ -14,6 +16,7 @@ import asyncio
 import logging
 from concurrent.futures import Future
 
+from shoal.client.checks import Found
 from shoal.errors import PolicyUnmet, ShoalError, UsageError
 from shoal.gateway.accounts import Account
 from shoal.gateway.errors import AuditUnavailable
@@ -83,6 +86,31 @@ class Audit:
         if not future.cancelled() and (error := future.exception()) is not None:
             self._failed = True
             logger.critical("the audit log cannot be written: %s", error)
+
+
+def note_check(audit: Audit, model: str, found: Found) -> None:
+    """A check that did not find the same numbers: `check` says how it ended, `quarantine` names every node that gets
+    nothing any more because of it. Written when the disk is ready; nobody waits for it."""
+    if found.finding.result == "agreed":
+        return
+    about = {
+        "model": model,
+        "request": found.name,
+        "blocks": str(found.blocks),
+        "checked": found.finding.checked,
+        "result": found.finding.result,
+        "guilty": found.finding.guilty,
+        "disputes": [list(pair) for pair in found.finding.disputes],
+        "rows": found.comparison.rows,
+        "wrong_rows": found.comparison.wrong,
+        "reason": found.finding.reason,
+    }
+    try:
+        audit.submit("check", **about)
+        for node in found.quarantined:
+            audit.submit("quarantine", node=node, model=model, request=found.name, reason=found.finding.reason)
+    except AuditUnavailable as error:
+        logger.critical("a check could not be noted in the audit log: %s", error)
 
 
 class Trail:

@@ -74,6 +74,17 @@ class Metrics:
             "shoal_failovers", "Chains that were rebuilt under a running answer.", ["cause"], registry=registry
         )
 
+        self.spotchecks = Counter(
+            "shoal_spotchecks",
+            "Calls that were to be computed again, by what came of it.",
+            ["result"],
+            registry=registry,
+        )
+
+    def spotcheck(self, result: str) -> None:
+        """Count a check of a server. `result` is one of a few fixed words, such as "agreed", "caught" or "busy"."""
+        self.spotchecks.labels(result).inc()
+
     def failover(self, cause: str) -> None:
         """Count a rebuilt chain. `cause` is one of a few fixed words, such as "closed", "silent" or "drained"."""
         self.failovers.labels(cause).inc()

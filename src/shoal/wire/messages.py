@@ -250,10 +250,12 @@ class Record(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     threads: Count = 1
     """Threads it computes with."""
     weights: Literal["native", "int8", "nf4"] = "native"
-    """In which precision it holds the weights; "native": as they are in the checkpoint, rounded to `dtype`."""
+    """In which precision it holds the weights; "native": as they are in the checkpoint, rounded to `dtype`. With
+    `dtype` it says how far this server's numbers may be from another's: one that is further off declared falsely."""
     audit: AuditHead | None = None
     quarantined: Annotated[list[NodeText], Meta(max_length=32)] = []
-    """Nodes whose answers this node found wrong."""
+    """Of a gateway: servers whose answers it found wrong, and which it gives nothing. Others avoid whom enough gateways
+    name (swarm.honesty.named)."""
 
 
 class Beat(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
