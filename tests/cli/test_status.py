@@ -23,6 +23,7 @@ def page(model: str, *, covered: bool = True) -> dict[str, Any]:
         "cache_tokens_free": 10,
         "cache_tokens_total": 20,
         "wire_error": 0.0,
+        "honesty": {"level": "clear"},
         "dtype": "float32",
         "memory_bytes": 1 << 30,
     }
