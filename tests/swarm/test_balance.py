@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -215,6 +216,27 @@ def test_blocks_that_lost_their_server_get_a_spare_one_at_once_and_however_idle_
     assert found.blocks.end == 12
     assert next_move([server("a", (0, 8))], MODEL, NEEDS).move is None
     assert next_move([*records, server("j", None)], MODEL, NEEDS).move is None
+
+
+def test_a_large_swarm_is_thought_about_in_a_moment() -> None:
+    rng = random.Random(7)
+    needs = ModelNeeds((MIB,) * 80)
+    records = [
+        server(
+            f"n{i:03}",
+            (start := rng.randrange(0, 70), start + 10),
+            memory_bytes=12 * MIB,
+            decode_ms_per_block=rng.uniform(0.5, 3.0),
+            busy=rng.uniform(0.7, 1.0) if start < 20 else rng.uniform(0.0, 0.6),
+        )
+        for i in range(48)
+    ]
+    records += [server(f"z{i}", (70, 80), memory_bytes=12 * MIB, busy=0.0) for i in range(2)]
+    records += [server("y", (0, 12), memory_bytes=12 * MIB, busy=1.0), server("yy", (0, 12), busy=1.0)]
+    began = time.process_time()
+    verdict = next_move(records, MODEL, needs)
+    assert time.process_time() - began < 2.0, "seconds of one processor"
+    assert "%" in verdict.text, verdict.text
 
 
 def test_a_server_may_take_in_missing_blocks_beside_its_own() -> None:

@@ -151,6 +151,7 @@ class BlockServer:
         self._broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._stopping = asyncio.Event()
         self._leave_by: float | None = None
+        self._think_at = 0.0
         self._begun = False
         """It has had a place before."""
         self._busy = Share()
@@ -293,7 +294,8 @@ class BlockServer:
             return balance.Choice(config.blocks, "these blocks were asked for")
         self._directory.update(state="joining", span=None, serves=facts.name, reason="choosing blocks")
         await asyncio.sleep(SETTLE_S)
-        return balance.choose(self._directory.live(), self._node, facts.name, self._needs)
+        # In a thread: a large swarm takes a while to think about, and pings must be answered meanwhile.
+        return await asyncio.to_thread(balance.choose, self._directory.live(), self._node, facts.name, self._needs)
 
     async def _meet(self) -> None:
         """Wait for the first word of others."""
@@ -658,8 +660,11 @@ class BlockServer:
         """Whether this server should be here still."""
         if self._machine is not None and not self._neighbour.sample(await self._machine.sample(), now):
             return _Leave(self._neighbour.reason, None, must=True)
-        if self._rebalancer is not None and self._facts is not None:
-            move = self._rebalancer.consider(self._directory.live(), self._facts.name, self._needs, now)
+        if self._rebalancer is not None and self._facts is not None and now >= self._think_at:
+            live, model = self._directory.live(), self._facts.name
+            move = await asyncio.to_thread(self._rebalancer.consider, live, model, self._needs, now)
+            # At most a twentieth of a processor: in a large and busy swarm this takes most of a second.
+            self._think_at = now + 20 * (time.monotonic() - now)
             if move is not None:
                 return _Leave(move.reason, balance.Choice(move.blocks, move.reason), must=False)
         return None

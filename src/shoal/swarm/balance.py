@@ -28,6 +28,8 @@ from shoal.spec.units import show_bytes
 from shoal.swarm.placement import ModelNeeds
 from shoal.wire.messages import Record
 
+MAX_MOVERS = 8
+"""Servers that are tried as the one to move; the idle ones first. All servers compute this once a second."""
 IDLE = 0.1
 """Busy for less than this share of its time: such a server moves before others. (Not the least busy one: loads waver,
 and the servers must agree for a while on who it is.)"""
@@ -106,9 +108,9 @@ class _Host:
 # --- what a placement is worth -------------------------------------------------------------------------------------
 
 
-def throughput(hosts: Iterable[tuple[BlockRange, float]], num_blocks: int) -> float:
+def throughput(hosts: Iterable[tuple[BlockRange, float]], num_blocks: int, *, above: float = 0.0) -> float:
     """Steps per millisecond that hosts (blocks, ms per block) manage together, sessions shared out in the best way; 0
-    when a block has no host.
+    when a block has no host, and when it is not more than `above` (which is found out sooner).
 
     Each host has one millisecond of work to give per millisecond, to any of its blocks. For a rate to be possible every
     block must get its share: going through the blocks in order, the hosts whose spans end first give first, because the
@@ -116,17 +118,15 @@ def throughput(hosts: Iterable[tuple[BlockRange, float]], num_blocks: int) -> fl
     power: dict[BlockRange, float] = {}
     for blocks, ms in hosts:
         power[blocks] = power.get(blocks, 0.0) + 1 / max(ms, 1e-9)
-    return _throughput(power, num_blocks)
-
-
-def _throughput(power: dict[BlockRange, float], num_blocks: int) -> float:
     regions = _regions(power, num_blocks)
     if not all(spans for _, spans in regions):
         return 0.0
     high = min(sum(power.values()) / num_blocks, *(sum(power[s] for s in spans) / size for size, spans in regions))
     if _possible(high, power, regions):
-        return high
-    low = 0.0
+        return high if high > above else 0.0
+    if above > 0 and (high <= above or not _possible(above, power, regions)):
+        return 0.0
+    low = above
     for _ in range(24):
         middle = (low + high) / 2
         low, high = (middle, high) if _possible(middle, power, regions) else (low, middle)
@@ -156,8 +156,8 @@ def _possible(rate: float, power: dict[BlockRange, float], regions: Sequence[tup
     return True
 
 
-def _worth(hosts: Iterable[_Host], num_blocks: int) -> float:
-    return throughput(((host.blocks, host.ms_per_block) for host in hosts), num_blocks)
+def _worth(hosts: Iterable[_Host], num_blocks: int, *, above: float = 0.0) -> float:
+    return throughput(((host.blocks, host.ms_per_block) for host in hosts), num_blocks, above=above)
 
 
 def _covered(hosts: Iterable[_Host]) -> set[int]:
@@ -266,8 +266,13 @@ def _best_span(record: Record, needs: ModelNeeds, hosts: Sequence[_Host]) -> Cho
     return Choice(blocks, f"{why}; {room}"[:MAX_REASON])
 
 
-def _targets(needs: ModelNeeds, memory_bytes: int, spans: Iterable[BlockRange], covered: set[int]) -> list[BlockRange]:
-    """Spans worth trying: those that others host, those without a host, and the largest that fits at each border."""
+def _targets(
+    needs: ModelNeeds, memory_bytes: int, spans: Iterable[BlockRange], covered: set[int], *, everywhere: bool = True
+) -> list[BlockRange]:
+    """Spans worth trying: those that others host, those without a host, and the largest that fits at each border of the
+    model, or (not `everywhere`) at each border of a span."""
+    spans = set(spans)
+    known = {border for span in spans for border in (span.start, span.end)}
     fits = {span for span in spans if needs.span_bytes(span.start, span.end) <= memory_bytes}
     windows = _windows(needs, memory_bytes)
     gaps = _gaps(needs, covered)
@@ -277,6 +282,7 @@ def _targets(needs: ModelNeeds, memory_bytes: int, spans: Iterable[BlockRange], 
         for window in windows
         if window.start < gap.end and gap.start < window.end
     }
+    windows = [span for span in windows if everywhere or known & {span.start, span.end}]
     return sorted({*fits, *windows, *(part for part in parts if _legal(needs, part))})
 
 
@@ -434,17 +440,21 @@ def _best_move(hosts: Sequence[_Host], needs: ModelNeeds, config: BalanceConfig,
     spares: list[_Option] = []
     """Those that would take a label away from a block: a gateway's trust zone may demand it there. Only for blocks that
     have no server at all."""
-    for at, host in enumerate(hosts):
-        if not host.free or (whole and host.busy > config.mover_busy) or _has_twin(hosts, at):
-            continue
+    movers = [
+        at
+        for at, host in enumerate(hosts)
+        if host.free and not (whole and host.busy > config.mover_busy) and not _has_twin(hosts, at)
+    ]
+    for at in sorted(sorted(movers, key=lambda at: hosts[at].busy >= IDLE)[:MAX_MOVERS]):
+        host = hosts[at]
         others = [*hosts[:at], *hosts[at + 1 :]]
         spans = {other.blocks for other in others}
         left = _covered(others)
-        for target in _targets(needs, host.memory_bytes, {*spans, host.blocks}, left):
+        for target in _targets(needs, host.memory_bytes, {*spans, host.blocks}, left, everywhere=False):
             covers = left | set(range(target.start, target.end))
             if target == host.blocks or not covers >= covered or (len(covers) == len(covered) and not whole):
                 continue
-            after = _worth([*others, replace(host, blocks=target)], num_blocks)
+            after = _worth([*others, replace(host, blocks=target)], num_blocks, above=config.gain * worth)
             if not whole or after > config.gain * worth:
                 new = _new_borders(target, spans, num_blocks)
                 keeps = _vouched([*others, replace(host, blocks=target)]) >= vouched
