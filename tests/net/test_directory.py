@@ -183,6 +183,41 @@ def test_the_registry_goes_on_when_every_seed_is_dead() -> None:
     run(scenario)
 
 
+def test_a_newcomer_is_known_to_all_at_once() -> None:
+    async def scenario() -> None:
+        network = InMemory()
+        async with members(network, 4) as group:
+            await until(lambda: all(len(member.sees()) == 4 for member in group))
+            newcomer = Member(network)
+            began = asyncio.get_running_loop().time()
+            assert group[0].directory.record is not None
+            await newcomer.start(group[0].directory.record.addresses)
+            try:
+                await until(lambda: all(newcomer.node in member.sees() for member in group))
+                assert asyncio.get_running_loop().time() - began < 5.0
+            finally:
+                await newcomer.stop()
+
+    run(scenario)
+
+
+@pytest.mark.slow
+def test_a_node_that_vanishes_without_a_word_is_out_of_every_view_within_ten_seconds() -> None:
+    async def scenario() -> None:
+        network = OverTls()
+        async with members(network, 5) as group:
+            await until(lambda: all(len(member.sees()) == 5 for member in group))
+            *others, dead = group
+            began = asyncio.get_running_loop().time()
+            await dead.stop()
+            await until(lambda: not any(dead.node in member.sees() for member in others))
+            assert 1.0 < asyncio.get_running_loop().time() - began < 10.0
+            assert all(len(member.sees()) == 4 for member in others), "nobody else is missed"
+        await network.close()
+
+    run(scenario)
+
+
 def test_round_trips_to_partners_are_measured_and_told() -> None:
     async def scenario() -> None:
         async with members(InMemory(), 3) as group:
@@ -218,7 +253,7 @@ def seal(writer: NodeIdentity, content: Record, chain: Sequence[bytes] | None = 
     return Signed(payload, writer.sign(payload), list(writer.chain_der if chain is None else chain))
 
 
-def test_bad_records_end_no_connection_are_counted_and_reach_nobody_else() -> None:
+def test_bad_records_end_no_connection_are_counted_and_reach_nobody_else(caplog: pytest.LogCaptureFixture) -> None:
     """The one who brings them may be honest: older, newer, or deceived itself."""
 
     async def scenario() -> None:
@@ -247,6 +282,8 @@ def test_bad_records_end_no_connection_are_counted_and_reach_nobody_else() -> No
             assert member.directory.view.refused.total() == 0, "nothing bad was passed on"
             assert conn.is_open
             await conn.close()
+            (warning,) = [line for line in caplog.messages if "refused" in line]
+            assert "forged 3, malformed 1, overclaimed 3" in warning
 
     run(scenario)
 

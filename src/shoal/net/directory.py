@@ -36,6 +36,8 @@ IDLE_LINK_S = 5.0
 """A link that is no longer wanted stays for this long after it was made: the answer may be under way."""
 RTT_MEMORY_S = 600.0
 """How long a measured round trip is told after its connection was given up."""
+WARN_EVERY_S = 60.0
+"""Whoever brings bad records brings many."""
 _CREDENTIALS = 4096
 _LOAD_FIELDS = frozenset(
     {
@@ -109,6 +111,9 @@ class Directory:
         self.pace = gossip.SMALL
         """How often this node speaks: as of the last round, from the number of nodes that lived."""
         self._transport: Transport | None = None
+        self._refused = 0
+        """Refusals that a warning was written about."""
+        self._warned_at_s = -WARN_EVERY_S
         self._wake = asyncio.Event()
         """A round begins when it is set, and not only when its time has come."""
         self._push = False
@@ -140,6 +145,8 @@ class Directory:
         if self.record is None:
             raise ValueError("nothing was published yet")
         changed = {name: value for name, value in fields.items() if getattr(self.record, name) != value}
+        for name in fields.keys() - changed.keys():
+            self._waiting.pop(name, None)  # as it was told, after a detour
         self._waiting.update(changed)
         urgent = bool(changed.keys() - _LOAD_FIELDS)
         if urgent or (changed and self._load_is_due()):
@@ -155,7 +162,8 @@ class Directory:
         if self.record is not None:
             # A higher incarnation makes everybody take the new certificate along with the record.
             incarnation = max(Directory.incarnation(), self.record.incarnation + 1)
-            self.publish(msgspec.structs.replace(self.record, incarnation=incarnation, version=0))
+            labels = list(identity.peer.labels)
+            self.publish(msgspec.structs.replace(self.record, incarnation=incarnation, version=0, labels=labels))
 
     def live(self) -> list[Record]:
         return self.view.live(time.monotonic())
@@ -191,6 +199,7 @@ class Directory:
         before = self.view.changes, self.view.revoked_version
         known = len(self.view.rolled_back)
         answers = self.view.on_sync(message, peer, time.monotonic())
+        self._warn_of_refusals(peer)
         if len(self.view.rolled_back) > known:
             self._warn_of_rollback()
         own = self.view.get(self.node)
@@ -203,6 +212,14 @@ class Directory:
         if self.view.changes != before[0]:
             self._on_change()
         return answers
+
+    def _warn_of_refusals(self, peer: str) -> None:
+        refused = self.view.refused
+        now = time.monotonic()
+        if refused.total() > self._refused and now >= self._warned_at_s + WARN_EVERY_S:
+            causes = ", ".join(f"{cause} {count}" for cause, count in sorted(refused.items()))
+            log.warning("records were refused, the latest brought by %s; so far: %s", peer[:8], causes)
+            self._refused, self._warned_at_s = refused.total(), now
 
     def _warn_of_rollback(self) -> None:
         node, (was, now) = list(self.view.rolled_back.items())[-1]
