@@ -13,6 +13,7 @@ Last results: docs/guides/tools-and-json.md, "What it costs".
 from __future__ import annotations
 
 import argparse
+import asyncio
 import random
 import resource
 import statistics
@@ -26,8 +27,9 @@ from transformers import PreTrainedTokenizerFast
 
 from shoal.compute.sampling import Sampler, sample_batch
 from shoal.gateway.calls import DESCRIBED
-from shoal.gateway.grammar import Grammars, Schema
+from shoal.gateway.grammar import Grammars
 from shoal.gateway.openai import Callee, Calling
+from shoal.gateway.schemas import Schema
 from shoal.gateway.shape import Shape
 from shoal.gateway.text import Vocabulary
 from shoal.spec.sampling import SamplingParams
@@ -87,7 +89,7 @@ def walk(grammars: Grammars, eos: int, name: str, shape: Shape, steps: int) -> N
     compiled_s = []
     for _ in range(5):
         started = time.perf_counter()
-        grammar = shape.grammar(grammars)
+        grammar = asyncio.run(shape.grammar(grammars))
         compiled_s.append(time.perf_counter() - started)
     assert grammar is not None
     running, spent_s, length = grammar.start(), [], 0

@@ -23,7 +23,7 @@ from shoal.gateway.audit import Audit, Trail
 from shoal.gateway.chat import ChatTemplate
 from shoal.gateway.choices import Choices, Order, Piece
 from shoal.gateway.errors import Interrupted, RequestError, error_body, shown_to_callers
-from shoal.gateway.grammar import Grammar, Grammars
+from shoal.gateway.grammar import Grammars
 from shoal.gateway.limits import FAREWELL_S, ClientGone, Gate, Limits, patient, read_body, while_connected
 from shoal.gateway.metrics import Metrics, RequestMeter
 from shoal.gateway.openai import ChatRequest, CompletionRequest, ignored_header, read
@@ -58,7 +58,7 @@ class OfferedModel:
         calling = request.calling
         calls = self.template.call_format(self._ends) if calling else None
         shape = Shape(request.form, calling, calls, tags, reasoning)
-        return Chat(prompt, shape, shape.grammar(self.grammars), shape.shown(self.grammars))
+        return Chat(prompt, shape, shape.shown(self.grammars))
 
     def prompts(self, request: CompletionRequest) -> list[list[int]]:
         return [
@@ -99,7 +99,6 @@ class Chat:
 
     prompt: list[int]
     shape: Shape
-    grammar: Grammar | None
     shown: frozenset[int]
 
 
@@ -164,7 +163,8 @@ class Generator:
         """What to generate for a chat. Raises RequestError, also for a schema that no answer can be held to."""
         chat = await asyncio.to_thread(model.chat, request)
         order = self.order(scope, request, model, [chat.prompt], account)
-        return replace(order, shape=chat.shape, grammar=chat.grammar, shown=chat.shown)
+        grammar = await chat.shape.grammar(model.grammars)
+        return replace(order, shape=chat.shape, grammar=grammar, shown=chat.shown)
 
     def order(
         self,

@@ -4,36 +4,27 @@ The grammar engine is llguidance. A grammar is compiled in a thread before an an
 compiled is refused with a proper status. Then every generation has a `Constraint` of its own: when a token is chosen,
 a thread computes which tokens may follow it, while the servers compute their blocks.
 
-What a stranger may ask for is bounded three times: the size of the schemas here, the work of compiling and of every
-step inside the engine (`_LIMITS`), and the few threads that do it.
+What a stranger may ask for is bounded: by what schemas may hold (schemas.py), by the work of compiling and of every
+step inside the engine (`_LIMITS`), and by the few threads that do it, which are nobody else's.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
-import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from decimal import Decimal
 from functools import cached_property
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from shoal.errors import ShoalError
 from shoal.gateway.errors import RequestError
+from shoal.gateway.schemas import Schema, plain, unsupported
 from shoal.gateway.text import Vocabulary
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
-
-MAX_SCHEMA_CHARS = 128 * 1024
-"""All schemas of one request together, as JSON. OpenAI takes 120,000 characters."""
-MAX_SCHEMA_DEPTH = 48
-MAX_MULTIPLE = 10_000
-"""Largest common multiple of the `multipleOf` in a schema: a number automaton has a state for each remainder (a million
-of them: 8 s to compile)."""
 
 _LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 1_000_000,  # about 20 ms of compiling
@@ -44,12 +35,9 @@ _LIMITS: dict[str, Any] = {
     "verbose_errors": False,
 }
 
-# One space, or a new line with its indentation, wherever JSON allows white space. Without a bound a model that is
-# unsure fills the rest of its answer with spaces.
-_WHITESPACE = r"( |\n[ \t]{0,40})"
-# No \uXXXX: it could write a listed name so that it does not look like it ("\u0061" for "a"), and half surrogates.
-_ESCAPES = 'nrbtf\\"'
-
+COMPILE_TIMEOUT_S = 10.0
+"""A grammar that has not been compiled by then is refused. Its thread goes on until it is done, so that two of them at
+most are kept from others; answers without a grammar need none."""
 _THREADS = 2
 
 
@@ -57,40 +45,6 @@ class GrammarBroken(ShoalError):
     """The grammar of a running answer cannot go on: a step is too much work, or no token fits."""
 
     code = "grammar_broken"
-
-
-@dataclass(frozen=True, slots=True)
-class Schema:
-    """A JSON schema of a request and the field it stands in. When not strict, what cannot be kept to is left out."""
-
-    value: dict[str, Any]
-    strict: bool
-    param: str
-
-    @property
-    def refers(self) -> bool:
-        """Whether it may refer to parts of itself."""
-        return '"$ref"' in json.dumps(self.value)
-
-    def rule(self) -> str:
-        """The schema as a rule's body. Raises RequestError for what is refused before anything is compiled."""
-        _check(self.value, self.strict, self.param)
-        options = {"whitespace_pattern": _WHITESPACE, "json_allowed_escapes": _ESCAPES, "lenient": not self.strict}
-        # The engine takes options from the schema itself; a caller's own are overwritten.
-        return "%json " + json.dumps({**self.value, "x-guidance": options})
-
-
-def check_size(schemas: Sequence[Schema]) -> None:
-    """Raises RequestError when the schemas of a request are too much together."""
-    size = 0
-    for schema in schemas:
-        size += len(json.dumps(schema.value))
-        if size > MAX_SCHEMA_CHARS:
-            raise RequestError(
-                f"The schemas of this request are longer than {MAX_SCHEMA_CHARS} characters.",
-                param=schema.param,
-                code="schema_too_large",
-            )
 
 
 class Grammars:
@@ -112,17 +66,17 @@ class Grammars:
         if isinstance(failure, Grammar):
             return failure
         # Which of the schemas is it?
-        for schema in schemas:
+        for schema in schemas if len(schemas) > 1 else ():
             alone = self._try(f"start: {schema.rule()}")
             if not isinstance(alone, Grammar):
-                raise _unsupported(alone, schema.param)
-        raise _unsupported(failure, schemas[0].param if schemas else None)
+                raise unsupported(alone, schema.param)
+        raise unsupported(failure, schemas[0].param if schemas else None)
 
     def check(self, schema: Schema) -> None:
         """Raises RequestError when the schema cannot be compiled, or nothing fits it."""
         failure = self._try(f"start: {schema.rule()}")
         if not isinstance(failure, Grammar):
-            raise _unsupported(failure, schema.param)
+            raise unsupported(failure, schema.param)
 
     def literal(self, text: str) -> str:
         """`text` as part of a rule: special tokens in it are tokens, the rest is text."""
@@ -207,14 +161,15 @@ class Running:
         return self._step.result()
 
     def accept(self, token: int) -> None:
-        self._step = _pool().submit(self._next, token)
+        self._step = _pool("step").submit(self._next, token, self._step)
 
-    def _next(self, token: int) -> bytes:
+    def _next(self, token: int, before: Future[bytes]) -> bytes:
+        before.result()  # usually long done, since a token is chosen by its mask; the matcher takes one call at a time
         matcher = self._matcher
         matcher.consume_token(token)
         mask = b"" if matcher.is_error() else matcher.compute_bitmask()
         if matcher.is_error() or not any(mask):
-            raise GrammarBroken(f"The grammar of the answer cannot go on: {_plain(matcher.get_error())}.")
+            raise GrammarBroken(f"The grammar of the answer cannot go on: {plain(matcher.get_error())}.")
         return mask
 
 
@@ -264,62 +219,31 @@ class _Words:
         return tokens
 
 
+async def in_time(compile: Callable[[], Grammar | None], param: str | None) -> Grammar | None:
+    """compile(), in one of the threads that are for it alone. Raises what it raises, and RequestError when it takes too
+    long."""
+    loop = asyncio.get_running_loop()
+    try:
+        return await asyncio.wait_for(loop.run_in_executor(_pool("compile"), compile), COMPILE_TIMEOUT_S)
+    except TimeoutError as error:
+        raise RequestError(
+            f"The schema was not compiled within {COMPILE_TIMEOUT_S:g} s.",
+            param=param,
+            code="schema_too_large",
+            hint="Ask for something simpler, or try again when the gateway has less to do.",
+        ) from error
+
+
 def quoted(text: str) -> str:
     """A string of the grammar language."""
     return json.dumps(text, ensure_ascii=False)
 
 
-_POOLS: list[ThreadPoolExecutor] = []
+_POOLS: dict[str, ThreadPoolExecutor] = {}
 
 
-def _pool() -> ThreadPoolExecutor:
-    """The threads that compute masks, started with the first of them."""
-    if not _POOLS:
-        _POOLS.append(ThreadPoolExecutor(_THREADS, "grammar"))
-    return _POOLS[0]
-
-
-def _check(schema: dict[str, Any], strict: bool, param: str) -> None:
-    """Raises RequestError for what would compile for too long, or could come out invalid."""
-    multiples: list[Decimal] = []
-    waiting: list[tuple[Any, int]] = [(schema, 1)]
-    while waiting:
-        value, depth = waiting.pop()
-        if depth > MAX_SCHEMA_DEPTH:
-            raise RequestError(
-                f"The schema is nested more than {MAX_SCHEMA_DEPTH} levels deep.", param=param, code="schema_too_large"
-            )
-        if isinstance(value, dict):
-            multiple, at_least = value.get("multipleOf"), value.get("minProperties")
-            if isinstance(multiple, int | float) and math.isfinite(multiple) and multiple > 0:
-                multiples.append(Decimal(str(multiple)))
-            if strict and isinstance(at_least, int | float) and at_least > 1:
-                # The same name twice would count twice for the grammar and once for whoever reads the object.
-                raise _unsupported("minProperties above 1 is not supported", param)
-            waiting += ((inner, depth + 1) for inner in value.values())
-        elif isinstance(value, list):
-            waiting += ((inner, depth + 1) for inner in value)
-    common = 1
-    for multiple in multiples:
-        digits = multiple.normalize().as_tuple().digits  # 2500 and 0.25 are both 25
-        common = math.lcm(common, int("".join(map(str, digits))))
-        if common > MAX_MULTIPLE:
-            raise _unsupported(f"multipleOf is supported up to {MAX_MULTIPLE}", param)
-
-
-def _unsupported(reason: str, param: str | None) -> RequestError:
-    return RequestError(
-        f"The schema cannot be kept to: {_plain(reason)}.",
-        param=param,
-        code="unsupported_schema",
-        hint="docs/guides/tools-and-json.md lists what a schema may hold.",
-    )
-
-
-def _plain(reason: str) -> str:
-    """The engine's complaint without the grammar's source, which it quotes."""
-    reason = re.split(r"\n\s*\d+ \|", reason, maxsplit=1)[0].partition("<state>")[0]
-    reason = reason.rpartition("failed to compile JSON schema: ")[2]
-    if reason.startswith("NoExtension"):
-        reason = "nothing fits it"
-    return " ".join(reason.split())[:300].rstrip(". ") or "no token fits"
+def _pool(name: str) -> ThreadPoolExecutor:
+    """Threads for one purpose, started with its first job."""
+    if name not in _POOLS:
+        _POOLS[name] = ThreadPoolExecutor(_THREADS, f"grammar-{name}")
+    return _POOLS[name]

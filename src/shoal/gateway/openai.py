@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from shoal.gateway.errors import RequestError
-from shoal.gateway.grammar import Schema, check_size
+from shoal.gateway.schemas import Schema, check_size
 from shoal.spec.sampling import SamplingParams
 
 MAX_STOPS = 4

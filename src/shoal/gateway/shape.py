@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from shoal.gateway.calls import ID_CHARS, CallFormat, Tags
 from shoal.gateway.errors import RequestError
-from shoal.gateway.grammar import Grammar, Grammars, Schema, quoted
+from shoal.gateway.grammar import Grammar, Grammars, in_time, quoted
 from shoal.gateway.openai import Calling
 from shoal.gateway.reading import AnswerReader
+from shoal.gateway.schemas import Schema
 
 MAX_CALLS = 32
 """Calls in one answer; a model that is unsure goes on calling."""
@@ -47,13 +48,16 @@ class Shape:
         texts += [self.tags.open, self.tags.close] if self.tags else []
         return grammars.special_ids(texts)
 
-    def grammar(self, grammars: Grammars) -> Grammar | None:
-        """What the answer is held to; None for any text. Takes milliseconds, so not in the event loop. Raises
-        RequestError (400) when a schema cannot be kept to."""
+    async def grammar(self, grammars: Grammars) -> Grammar | None:
+        """What the answer is held to; None for any text. Raises RequestError (400) when a schema cannot be kept to."""
         if self.form is None and self.calling is None:
             return None
         schemas = [self.form] if self.form else []
         schemas += [callee.arguments for callee in self.calling.functions] if self.calling else []
+        return await in_time(lambda: self.compiled(grammars, schemas), schemas[0].param)
+
+    def compiled(self, grammars: Grammars, schemas: Sequence[Schema]) -> Grammar:
+        """The grammar, in milliseconds; not in the event loop."""
         # A schema that refers to itself without end compiles. By itself it allows no token, which is noticed; as a part
         # it would be a dead end in the middle of an answer.
         for schema in schemas:
