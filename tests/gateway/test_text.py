@@ -131,3 +131,19 @@ def test_only_the_possible_beginning_of_a_stop_string_is_held_back() -> None:
 @pytest.mark.parametrize("stops", [[], ["zz"]])
 def test_text_without_a_stop_string_passes_whole(stops: list[str]) -> None:
     assert StopFilter(stops).push("hello") == ("hello", False)
+
+
+def test_a_special_token_without_a_name_of_its_own_is_no_text_either() -> None:
+    vocabulary = Vocabulary(byte_level_tokenizer(special=["[CALLS]"]))
+    marked = vocabulary.encode("the[CALLS]sea", add_special_tokens=False)
+    assert "".join(streamed(vocabulary, [], marked)) == "thesea"
+    (mark,) = (token for token in marked if vocabulary.is_special(token))
+    shown = vocabulary.byte_stream({mark})
+    assert "".join([*(shown.push(token) for token in marked), shown.flush()]) == "the[CALLS]sea"
+
+
+def test_the_text_of_bytes_is_that_of_the_tokens_but_for_a_first_space() -> None:
+    for vocabulary in (BYTE_LEVEL, SPELLED_OUT):
+        stream = vocabulary.byte_stream()
+        tokens = vocabulary.encode("the sea, {ü}", add_special_tokens=False)
+        assert "".join([*(stream.push(token) for token in tokens), stream.flush()]) == "the sea, {ü}"
