@@ -30,6 +30,7 @@ def test_with_a_replica_it_goes_at_once(organisation: Organisation, reference: R
     answer = Answer(organisation, LONG).begun()
     used = [server for server in organisation.status()["servers"] if server["driven"]]
     node = next(server["id"] for server in used if server["blocks"] == "4:8")
+    assert f"{node} hosts blocks 4:8 (online): these blocks were asked for" in organisation.status()["explain"]
     told = json.loads(organisation.office.run("drain", node[:8], "--json"))
     assert told["node"] == node
     assert told["took_s"] < 20.0

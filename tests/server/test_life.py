@@ -282,6 +282,23 @@ def test_a_borrowed_machine_in_use_does_not_even_begin(model_dir: Path, monkeypa
     run(scenario)
 
 
+def test_a_server_at_rest_leaves_without_a_trace_when_told_to(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner = Owner()
+    owner.others = 0.5
+    monkeypatch.setattr(server_node, "Machine", lambda: owner)
+
+    async def scenario() -> None:
+        async with InProcess(model_dir) as swarm:
+            node = swarm.start(free=True, idle_only=True)
+            await swarm.states({node: "resting"})
+            running = swarm.servers.pop(node)
+            running.server.stop()
+            await running.task
+            await until(lambda: swarm.record(node).state == "gone")
+
+    run(scenario)
+
+
 def test_the_number_of_threads_is_tried_out_and_told(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_node, "processors", lambda: 2)
 

@@ -6,7 +6,7 @@ import click
 
 from shoal.cli import output
 
-PARTS = ("start", "kills", "overhead", "decode", "prefill", "stall", "batch")
+PARTS = ("start", "kills", "overhead", "decode", "prefill", "stall", "batch", "near", "relieved")
 
 
 @click.command("swarm")

@@ -194,6 +194,9 @@ class BlockServer:
             await self._until_stopped(self._live(address, on_online), gossip)
             if self._serving is not None:
                 await self._drain()
+            if self._directory.record is not None:
+                self._directory.update(state="gone")
+                await asyncio.sleep(0.05)  # one turn of gossip, so that others need not wait for the lease to run out
         finally:
             gossip.cancel()
             await asyncio.gather(gossip, return_exceptions=True)
@@ -707,8 +710,6 @@ class BlockServer:
         assert serving is not None
         since = time.monotonic()
         await self._empty(serving, "leaving the swarm", lambda: (self._leave_by or since) - since)
-        self._directory.update(state="gone")
-        await asyncio.sleep(0.05)  # one turn of gossip, so that others need not wait for the lease to run out
 
     async def _empty(self, serving: decide.Serving, reason: str, within_s: Callable[[], float]) -> None:
         """Take no new sessions, and wait until none is left or the time is over. The time may become shorter."""

@@ -188,7 +188,7 @@ class Close(_Message, frozen=True, tag=18):
 
 class Gone(_Message, frozen=True, tag=19):
     """Server -> driver: these sessions no longer live here. code: next_lost (the push link broke; the cache is kept
-    until closed), draining, expired, failed, not_finite, out_of_order."""
+    until closed), draining, left, expired, failed, not_finite, out_of_order."""
 
     sessions: Annotated[list[SessionBytes], Meta(min_length=1, max_length=MAX_ITEMS)]
     code: NameText
