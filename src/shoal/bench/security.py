@@ -152,6 +152,13 @@ async def removal(progress: Progress, inputs: int) -> list[Figure]:
     ]
 
 
+async def honesty(progress: Progress, inputs: int) -> list[Figure]:
+    """Servers that compute something else than they say."""
+    from shoal.bench.honesty import run as run_honesty  # it needs torch, the other parts do not
+
+    return await asyncio.to_thread(run_honesty, progress)
+
+
 PARTS: dict[str, Callable[[Progress, int], Awaitable[list[Figure]]]] = {
     "fuzz": fuzz,
     "slow": slow,
@@ -159,4 +166,5 @@ PARTS: dict[str, Callable[[Progress, int], Awaitable[list[Figure]]]] = {
     "tamper": tamper,
     "zones": zones,
     "removal": removal,
+    "honesty": honesty,
 }

@@ -114,7 +114,11 @@ def _wanted(row: Row, request: str | None, node: str | None, key: int | None, af
     if key is not None and row.data.get("key") != key:
         return False
     if node is not None:
-        involved = [row.by, *(host for host, _ in row.hosts), str(row.data.get("node", ""))]
+        involved = [
+            row.by,
+            *(host for host, _ in row.hosts),
+            *(str(row.data.get(name, "")) for name in ("node", "checked")),
+        ]
         return any(each.startswith(node) for each in involved)
     return True
 

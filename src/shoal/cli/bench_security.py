@@ -6,7 +6,7 @@ import click
 
 from shoal.cli import output
 
-PARTS = ("fuzz", "slow", "routes", "tamper", "zones", "removal")
+PARTS = ("fuzz", "slow", "routes", "tamper", "zones", "removal", "honesty")
 
 
 @click.command("security")
