@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -109,6 +110,16 @@ def test_calls_and_results_of_a_conversation_go_through_the_template(source: str
     prompt = template(source).render(CONVERSATION, [TOOL], ends=ENDS)
     assert prompt.count('{"at": "Rome"}') == prompt.count('{"at": "Oslo"}') == 1
     assert prompt.index("Rome") < prompt.index("Oslo") < prompt.index("30") < prompt.index("-3")
+
+
+def test_a_conversation_from_elsewhere_gets_ids_that_the_template_takes() -> None:
+    call, other = (ToolCall(f"call_{n * 24}", FunctionCall("weather", "{}")) for n in "ab")
+    messages = [Message("user", "?"), Message("assistant", None, tool_calls=[call, other])]
+    messages += [Message("tool", "30", tool_call_id=call.id), Message("tool", "31", tool_call_id=other.id)]
+    prompt = template(templates.MISTRAL).render(messages, [TOOL], ends=ENDS)
+    made = re.findall(r'"id": "(\w{9})"', prompt)
+    assert len(set(made)) == 2
+    assert re.findall(r'"call_id": "(\w{9})"', prompt) == made
 
 
 def test_tools_are_described_to_a_model_whose_template_knows_none() -> None:

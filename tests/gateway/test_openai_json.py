@@ -69,6 +69,7 @@ def test_a_streamed_answer_is_the_same_one(gateway: Gateway, client: openai.Open
     chunks = list(stream)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == choice.message.content
     assert chunks[-1].choices[0].finish_reason == "stop"
+    assert (chunks[0].choices[0].delta.role, chunks[0].choices[0].delta.content) == ("assistant", "")
 
 
 def test_json_object_means_an_object_or_a_cut_one(gateway: Gateway, client: openai.OpenAI) -> None:

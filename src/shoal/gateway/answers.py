@@ -35,7 +35,7 @@ class Dialect(Protocol):
 
 
 class ChatDialect:
-    """/v1/chat/completions. `plain`: every token is content; else some are reasoning, calls, or only marks between."""
+    """/v1/chat/completions. `plain`: every token is content; else some are reasoning, calls or marks between."""
 
     def __init__(
         self, model: str, request_id: str, vocabulary: Vocabulary, *, logprobs: bool, plain: bool = True

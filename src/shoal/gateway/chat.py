@@ -7,6 +7,7 @@ no bound of its own in jinja2 (padding methods, huge repetition) is refused.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import time
@@ -23,7 +24,7 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from shoal.gateway.calls import CallFormat, Plain, Tags, call_format, described, opened_tags, reasoning_tags
+from shoal.gateway.calls import ID_CHARS, CallFormat, Plain, Tags, call_format, described, opened_tags, reasoning_tags
 from shoal.gateway.errors import RequestError
 from shoal.gateway.openai import Message
 from shoal.gateway.served import Tokenizer
@@ -71,6 +72,12 @@ class ChatTemplate:
                 return self._described(plain, tools)
             for message in plain:
                 _fit(message, form)
+            try:
+                return self._render(plain, list(tools) or None, True)
+            except RequestError:
+                # Mistral's templates take ids as they are made here and no others; calls may have been made elsewhere.
+                if not _shorten_ids(plain):
+                    raise
         return self._render(plain, list(tools) or None, True)
 
     def call_format(self, ends: Sequence[str]) -> CallFormat:
@@ -162,6 +169,18 @@ def _fit(message: Plain, form: CallFormat) -> None:
             function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
     if message.get("tool_calls") and not message["content"]:
         message["content"] = form.no_content
+
+
+def _shorten_ids(messages: Sequence[Plain]) -> bool:
+    """Give calls ids of the usual length, the same to a call and its result. False when all have one."""
+    changed = False
+    holders = [(message, "tool_call_id") for message in messages if "tool_call_id" in message]
+    holders += [(call, "id") for message in messages for call in message.get("tool_calls", ())]
+    for holder, name in holders:
+        if not re.fullmatch(f"[a-zA-Z0-9]{{{ID_CHARS}}}", holder[name]):
+            holder[name] = hashlib.blake2b(holder[name].encode(errors="replace")).hexdigest()[:ID_CHARS]
+            changed = True
+    return changed
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):

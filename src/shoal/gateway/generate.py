@@ -126,7 +126,7 @@ class Generator:
                 order.request_id,
                 model.vocabulary,
                 logprobs=request.alternatives is not None,
-                plain=order.shape.plain,
+                plain=order.shape.only_content,
             )
             await self._deliver(_Delivery(order, dialect, request, ignored), account, scope, receive, send)
 

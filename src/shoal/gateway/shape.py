@@ -35,8 +35,13 @@ class Shape:
 
     @property
     def plain(self) -> bool:
-        """All of the answer is content, as it comes."""
-        return self.form is None and self.calling is None and self.tags is None
+        """The answer may be any text, and all of it is content."""
+        return self.form is None and self.only_content
+
+    @property
+    def only_content(self) -> bool:
+        """Nothing of the answer is anything else than content."""
+        return self.calling is None and self.tags is None
 
     def reader(self, stops: Sequence[str]) -> AnswerReader:
         calls = self.calls if self.calling else None
