@@ -12,12 +12,13 @@ import re
 import resource
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,9 @@ from shoal.net.home import Home
 from shoal.net.identity import create_ca, create_issuer, issue_node
 from shoal.net.seed import Seed
 from shoal.net.tls import TlsTransport
+from shoal.wire import codec
+from shoal.wire.frames import FrameWriter
+from shoal.wire.messages import Fault
 
 DEMO = PACKAGE / "assets" / "demo"
 HOUR = datetime.timedelta(hours=1)
@@ -49,6 +53,7 @@ class Background:
         self._thread = threading.Thread(target=self._loop.run_forever, name="seed")
         self._thread.start()
         self._listeners: list[Any] = []
+        self._servers: list[asyncio.Server] = []
 
     def seed(self, home: Home) -> str:
         """The address of a seed that shows the admin's certificate of `home`."""
@@ -62,7 +67,29 @@ class Background:
         self._listeners.append(listener)
         return str(listener.address)
 
+    def other_version(self, home: Home) -> str:
+        """The address of a member of the same swarm whose release is another one."""
+        writer = FrameWriter()
+        writer.push(*codec.encode(Fault("refused", "The peer speaks protocol version 2, this side speaks version 9.")))
+        said = b"".join(b"".join(buffers) for buffers in iter(writer.next_frame, None))
+
+        async def greet(reader: asyncio.StreamReader, stream: asyncio.StreamWriter) -> None:
+            await reader.read(1)
+            stream.write(said)
+            await stream.drain()
+            stream.close()
+
+        async def start() -> asyncio.Server:
+            context = home.node("admin").server_context()
+            return await asyncio.start_server(greet, "127.0.0.1", 0, ssl=context)
+
+        server = asyncio.run_coroutine_threadsafe(start(), self._loop).result(10)
+        self._servers.append(server)
+        return f"tcp://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
     def stop(self) -> None:
+        for server in self._servers:
+            self._loop.call_soon_threadsafe(server.close)
         for listener in self._listeners:
             asyncio.run_coroutine_threadsafe(listener.close(), self._loop).result(10)
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -90,6 +117,7 @@ class World:
     api: str = ""
     background: Background | None = None
     taken: list[socket.socket] = field(default_factory=list)
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @property
     def state(self) -> Path:
@@ -176,6 +204,9 @@ def world(tmp_path: Path, background: Background, monkeypatch: pytest.MonkeyPatc
         yield world
     for each in world.taken:
         each.close()
+    for process in world.processes:
+        process.kill()
+        process.communicate()
 
 
 def test_a_healthy_machine_hears_no_alarm(world: World) -> None:
@@ -488,7 +519,48 @@ def a_key_without_a_quota(world: World) -> None:
     accounts.close()
 
 
-SECURITY = {"root-key", "api-keys"}
+@fault("audit-kept")
+def an_audit_log_that_was_removed(world: World) -> None:
+    accounts = Accounts(world.home.accounts_db)
+    _, account = accounts.create("everybody", tokens_per_day=1000)
+    accounts.close()
+    with closing(sqlite3.connect(world.home.accounts_db)) as database:
+        database.execute(
+            "INSERT INTO usage (key, day, requests, prompt_tokens, completion_tokens) VALUES (?, 1, 7, 1, 1)",
+            (account.id,),
+        )
+        database.commit()
+
+
+OPEN_GATEWAY = """
+import http.server, socketserver
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+server = socketserver.TCPServer(("0.0.0.0", 0), Handler)
+print(server.server_address[1], flush=True)
+server.serve_forever()
+"""
+
+
+@fault("doors")
+def an_api_in_the_clear_on_every_interface(world: World) -> None:
+    # In a process of its own, which calls itself what it stands for: the tests' own may not listen out there.
+    gateway = subprocess.Popen([sys.executable, "-c", OPEN_GATEWAY, "shoal", "gateway"], stdout=subprocess.PIPE)
+    assert gateway.stdout is not None
+    gateway.stdout.readline()
+    world.processes.append(gateway)
+
+
+@fault("seeds")
+def a_seed_that_speaks_another_version(world: World) -> None:
+    assert world.background is not None
+    address = world.background.other_version(world.home)
+    world.seeds(address)
+
+
+SECURITY = {"root-key", "api-keys", "audit-kept", "doors"}
 
 
 @pytest.fixture

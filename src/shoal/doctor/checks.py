@@ -838,13 +838,16 @@ def api_keys(facts: Facts) -> Verdict | None:
     return ok(f"{len(keys)}, each with a quota")
 
 
-@check("security", "audit-kept", "An audit log is written")
+@check("security", "audit-kept", "The audit log is kept")
 def audit_kept(facts: Facts) -> Verdict | None:
     if facts.home is None or facts.home.keys is None:
         return None
-    if facts.home.audit is None:
-        return warn("There is none: nobody can tell who computed what.", "Start the gateway from this directory.")
-    return ok("there is one")
+    if facts.home.audit is None and facts.home.requests:
+        return fail(
+            f"{facts.home.requests:,} requests were counted, and there is no log: it was removed.",
+            "Put it back from a copy; other members remember its last entry (`shoal audit verify --swarm`).",
+        )
+    return ok("there is one" if facts.home.audit is not None else "the first request will begin it")
 
 
 @check("security", "invites", "Open invitations")

@@ -115,6 +115,8 @@ class Home:
     """(file, what is wrong with it or "")."""
     keys: tuple[ApiKey, ...] | None = None
     """The gateway's keys; None: no gateway has run from here."""
+    requests: int = 0
+    """Requests that the gateway has counted for its keys, ever."""
     audit: AuditLog | None = None
     open_invites: int = 0
     """Not used and not expired."""

@@ -55,6 +55,7 @@ def home(path: Path, now: float) -> Home:
         issuer_key=issuer,
         databases=tuple((str(file), _database_error(file)) for file in sorted(path.glob("*.sqlite"))),
         keys=_api_keys(path / "accounts.sqlite", now),
+        requests=_count(path / "accounts.sqlite", _REQUESTS) or 0,
         audit=_audit(path),
         open_invites=_count(path / "admin.sqlite", _OPEN_INVITES, now) or 0,
         revoked_valid=(_count(path / "admin.sqlite", _REVOKED, now) or 0) if issuer else None,
@@ -193,6 +194,7 @@ def _read(path: Path) -> bytes:
 # --- databases -----------------------------------------------------------------------------------------------
 
 _OPEN_INVITES = "SELECT count(*) FROM invites WHERE used IS NULL AND expires > ?"
+_REQUESTS = "SELECT coalesce(sum(requests), 0) FROM usage"
 _REVOKED = "SELECT count(*) FROM revocations WHERE not_after > ?"
 
 
@@ -211,13 +213,13 @@ def _database_error(path: Path) -> str:
     return "" if answer == "ok" else str(answer)
 
 
-def _count(path: Path, query: str, now: float) -> int | None:
+def _count(path: Path, query: str, *values: float) -> int | None:
     """The answer of a counting query; None when there is no such table."""
     if not path.is_file():
         return None
     try:
         with closing(_open(path)) as database:
-            return int(database.execute(query, (now,)).fetchone()[0])
+            return int(database.execute(query, values).fetchone()[0])
     except sqlite3.Error:
         return None
 
