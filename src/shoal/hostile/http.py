@@ -118,6 +118,37 @@ BODIES: dict[str, type] = {
 }
 """What each path reads its body as; a test holds it against the application's routes."""
 
+
+def schema_of(rng: random.Random, depth: int = 0) -> Any:
+    """A JSON schema, or nearly one; some of them cost more than they look."""
+    if depth > 3 or rng.random() < 0.3:
+        return rng.choice(_LEAVES)
+    inner = [schema_of(rng, depth + 1) for _ in range(rng.randint(0, 3))]
+    match rng.randrange(5):
+        case 0:
+            properties = {f"p{number}": each for number, each in enumerate(inner)}
+            return {"type": "object", "properties": properties, "required": list(properties)[:2]}
+        case 1:
+            return {"type": "array", "items": inner[0] if inner else {}, "minItems": rng.choice((0, 3, 10**6))}
+        case 2:
+            return {rng.choice(("anyOf", "allOf", "oneOf", "prefixItems")): inner}
+        case 3:
+            return {"$defs": {"a": inner[0] if inner else {}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/b"}
+    return {"type": rng.choice(("object", "string", ["null", "integer"], "nothing")), "additionalProperties": inner[:1]}
+
+
+_LEAVES: tuple[Any, ...] = (
+    *({}, True, False, {"type": "string"}, {"type": "integer"}, {"type": "number", "multipleOf": 0.01}, {"enum": []}),
+    *({"enum": ["a", 1, None]}, {"const": {"a": [1]}}, {"type": "integer", "minimum": -(10**30), "maximum": 10**30}),
+    *({"type": "string", "pattern": "^(a|aa)+$"}, {"type": "string", "pattern": "(?=x)y"}, {"$ref": "#"}),
+    *(
+        {"type": "string", "pattern": "^(.{0,99}){0,99}$"},
+        {"type": "string", "minLength": 10**9},
+        {"$ref": "#/$defs/z"},
+    ),
+    *({"type": "string", "format": "date-time"}, {"type": "integer", "multipleOf": 9973}, {"not": {}}, {"type": 5}),
+)
+
 _STOCK = {
     "model": lambda rng: MODEL,
     "type": lambda rng: rng.choice(("text", "text", "function", "json_object", "image_url")),
@@ -130,6 +161,8 @@ _STOCK = {
     "prompt": lambda rng: rng.choice(("hi", "hello", [5, 6], [[5], [6]], ["a", "b"], "")),
     "input": lambda rng: rng.choice(("hi", ["a", "b"], [5, 6])),
     "content": lambda rng: rng.choice(("hi", None, [{"type": "text", "text": "hello"}])),
+    "schema": schema_of,
+    "parameters": schema_of,
     "logit_bias": lambda rng: rng.choice((None, {}, {"5": 1}, {"999999": 1}, {"٣": 1})),
     "tools": lambda rng: rng.choice(
         (None, None, [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}])
@@ -143,6 +176,8 @@ def make_body(seed: int) -> bytes:
     rng = random.Random(seed)
     path = rng.choice(sorted(BODIES))
     value = Maker(rng, wild=0.01, stock=_STOCK, strangers=_JSON_STRANGERS).make(BODIES[path])
+    if rng.random() < 0.04:
+        path, value = "/v1/chat/completions", _with_schema(rng)
     if isinstance(value, dict) and rng.random() < 0.2:
         name = rng.choice(["extra", "stream_options", "x\r\ny", "é", "_5"])
         value[name] = copy.deepcopy(rng.choice(_JSON_STRANGERS))
@@ -153,6 +188,17 @@ def make_body(seed: int) -> bytes:
             data = data[:20] + rng.choice([b'"', b"\\ud800", b"\\u0000", b"1e999", b"[" * 2000, b"," * 9]) + data[20:]
     again = rng.choice((b"", b"", b" k1", b" k2", b" " + b"x" * 300)) if rng.random() < 0.2 else b""
     return path.encode() + again + b"\n" + data
+
+
+def _with_schema(rng: random.Random) -> dict[str, Any]:
+    """A chat that is right but for its schema, which is compiled before anything else happens."""
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8}
+    schema = schema_of(rng)
+    if rng.random() < 0.5:
+        named = {"name": "f", "schema": schema, "strict": rng.random() < 0.5}
+        return body | {"response_format": {"type": "json_schema", "json_schema": named}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema, "strict": rng.random() < 0.5}}
+    return body | {"tools": [tool], "tool_choice": rng.choice(("auto", "required"))}
 
 
 def _as_text(value: Any) -> str:
