@@ -168,6 +168,14 @@ def test_special_tokens_in_a_literal_are_tokens_and_never_text() -> None:
     assert BYTE_LEVEL.size - 1 not in allowed(free, BYTE_LEVEL)
 
 
+@pytest.mark.parametrize("grammars", [BYTES, PIECES])
+def test_a_schema_without_end_is_noticed_before_it_is_a_dead_end(grammars: Grammars) -> None:
+    endless = {"$defs": {"d": {"$ref": "#/$defs/e"}, "e": {"$ref": "#/$defs/d"}}, "$ref": "#/$defs/d"}
+    for schema in ({"$ref": "#"}, endless):
+        with pytest.raises(RequestError, match="nothing fits it"):
+            grammars.check(Schema(schema, True, "schema"))
+
+
 def test_every_generation_has_a_state_of_its_own() -> None:
     grammar = compiled(BYTES, {"enum": ["ab", "cd"]})
     one, other = grammar.start(), grammar.start()

@@ -74,7 +74,7 @@ class Grammars:
 
     def check(self, schema: Schema) -> None:
         """Raises RequestError when the schema cannot be compiled, or nothing fits it."""
-        failure = self._try(f"start: {schema.rule()}")
+        failure = self._try(f"start: {schema.rule()}", alone=True)
         if not isinstance(failure, Grammar):
             raise unsupported(failure, schema.param)
 
@@ -104,11 +104,11 @@ class Grammars:
         """Special tokens that may stand anywhere in free text: no end tokens and none that means something else."""
         return sorted(self._vocabulary.special - self._eos_ids - taken)
 
-    def _try(self, rules: str) -> Grammar | str:
-        """The grammar, or why it is none."""
+    def _try(self, rules: str, *, alone: bool = False) -> Grammar | str:
+        """The grammar, or why it is none. `alone`: nothing else is allowed, not even a first space."""
         from llguidance import LLMatcher, LLParserLimits
 
-        if self._vocabulary.starts_with_space:
+        if self._vocabulary.starts_with_space and not alone:
             rules = rules.replace("start:", 'start: " "? spaced\nspaced:', 1)
         matcher = LLMatcher(self._tokenizer, rules, log_level=0, limits=LLParserLimits(**_LIMITS))
         # The first step as well: a schema that nothing fits compiles, and then allows no token.
