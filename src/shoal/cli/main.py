@@ -32,6 +32,7 @@ COMMANDS: dict[str, Entry] = {
     "keys": Entry("shoal.cli.keys:keys", "API keys of this machine's gateway."),
     "audit": Entry("shoal.cli.audit:audit", "Look into the log of who computed what."),
     "generate": Entry("shoal.cli.generate:generate", "Continue a text with the running swarm."),
+    "plan": Entry("shoal.cli.plan:plan", "What models need, calculated before anything is bought."),
     "doctor": Entry(
         "shoal.cli.doctor:doctor", "Look for what keeps shoal from working here; exit code 3 when something does."
     ),

@@ -1,0 +1,16 @@
+"""`shoal plan`: what a model needs, before anything is bought or downloaded."""
+
+from __future__ import annotations
+
+from shoal.cli.lazy import Entry, LazyGroup
+
+COMMANDS: dict[str, Entry] = {
+    "models": Entry(
+        "shoal.cli.plan_models:models", "List the models of the catalog, or show how one's parameters add up."
+    ),
+    "devices": Entry(
+        "shoal.cli.plan_devices:devices", "List the devices of the catalog, or show what is known of one."
+    ),
+}
+
+plan = LazyGroup(name="plan", table=COMMANDS, help="What models need, calculated before anything is bought.")
