@@ -11,15 +11,19 @@ import pytest
 import torch
 from support.cheats import OtherAnswers, OtherWeights
 from support.inprocess import GREEDY, InProcess
-from support.networks import run
+from support.networks import certified, identity, run
 from transformers import PreTrainedModel
 
 from shoal.bench.cheats import ANSWERS, WEIGHTS
+from shoal.client import checks
 from shoal.client.checks import CheckConfig
 from shoal.client.driver import DriverConfig
 from shoal.compute.families import random_model
 from shoal.errors import SwarmIncomplete
+from shoal.net.memory import MemoryTransport
+from shoal.net.seed import Seed
 from shoal.server.node import BlockServer
+from shoal.swarm.honesty import Reputation
 from shoal.swarm.session import SessionConfig
 from shoal.swarm.trust import Zones
 from shoal.wire.messages import WireType
@@ -30,8 +34,8 @@ COUNT = 16
 
 def always(wire: WireType = "f32", **settings: Any) -> DriverConfig:
     """Every call is checked."""
-    checks = CheckConfig(**{"rate": 1.0, "patience_s": 0.2, **settings})
-    return DriverConfig(wire=wire, session=SessionConfig(patience_s=1.0), checks=checks)
+    config = CheckConfig(**{"rate": 1.0, "patience_s": 0.2, **settings})
+    return DriverConfig(wire=wire, session=SessionConfig(patience_s=1.0), checks=config)
 
 
 def lying(kind: str, weights_dir: Path | None = None) -> Callable[..., BlockServer]:
@@ -292,3 +296,56 @@ def test_checks_cost_nothing_when_they_are_switched_off(model_dir: Path) -> None
             assert swarm.driver.checks.statistics()["results"] == {}
 
     run(scenario)
+
+
+def test_what_a_gateway_found_stands_in_its_record_until_the_quarantine_ends(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        async with InProcess(model_dir, always()) as swarm:
+            swarm._seed.announce([])
+            await swarm.add("0:6", "0:6")
+            (liar,) = await swarm.add("0:6", make=lying("random answer"))
+            await calls(swarm, lambda: bool(banned(swarm)))
+            assert swarm.record(swarm._seed.directory.node).quarantined == [liar]
+            monkeypatch.setattr(Reputation, "told", lambda self, now: [])
+            monkeypatch.setattr(checks, "TELL_S", 0.05)
+            await swarm.tokens(PROMPT, COUNT)
+            while swarm.record(swarm._seed.directory.node).quarantined:
+                await asyncio.sleep(0.02)
+
+    run(scenario)
+
+
+def test_a_server_that_other_gateways_name_gets_nothing_and_one_word_is_not_enough(model_dir: Path) -> None:
+    async def scenario() -> None:
+        async with InProcess(model_dir) as swarm:
+            swarm._seed.announce([])
+            accused, other = await swarm.add("0:6", "0:6")
+            own = swarm._seed.directory.node
+            rounds = []
+            for avoided in (set(), set(), {accused}):
+                assert swarm.driver.reputation.avoid(live(swarm), own, 0.0) == avoided
+                rounds.append(await named_by_another_gateway(swarm, accused))
+            hosts = Hosts()
+            for _ in range(20):
+                await hosts.tokens(swarm, PROMPT, 1)
+            assert {node for node, _ in hosts.told} == {other}
+            for each in rounds:
+                each.cancel()
+            await asyncio.gather(*rounds, return_exceptions=True)
+
+    run(scenario)
+
+
+async def named_by_another_gateway(swarm: InProcess, node: str) -> asyncio.Task[None]:
+    """One more gateway in the registry, whose record names `node`."""
+    gateway = identity("gateway")
+    seed = Seed(gateway)
+    seed.announce([])
+    seed.directory.update(quarantined=[node])
+    transport = MemoryTransport(swarm._network, certified(gateway))
+    rounds = asyncio.create_task(seed.directory.rounds(transport, (swarm._listener.address,)))
+    while (record := swarm._seed.directory.view.get(gateway.peer.node)) is None or record.quarantined != [node]:
+        await asyncio.sleep(0.01)
+    return rounds

@@ -33,6 +33,8 @@ from shoal.wire import tensors
 
 log = logging.getLogger("shoal.client")
 
+TELL_S = 10.0
+"""How often the own record is brought up to date at least: a quarantine ends without an event."""
 _ANSWER_ERRORS = (ShoalError, TimeoutError)
 
 
@@ -244,7 +246,12 @@ class Checks:
 
     async def _run(self) -> None:
         while True:
-            call = await self._waiting.get()
+            try:
+                async with asyncio.timeout(TELL_S):
+                    call = await self._waiting.get()
+            except TimeoutError:
+                self._tell()
+                continue
             try:
                 cause = await self._check(call)
                 if cause is not None:
@@ -274,8 +281,8 @@ class Checks:
                 comparison.rows,
                 finding.reason,
             )
+        self._tell()
         if quarantined:
-            self._tell()
             self._sessions.shun()
         self._on_found(found)
         return None
