@@ -108,9 +108,39 @@ def test_a_busy_server_is_no_witness_and_the_others_have_equal_chances() -> None
 def test_the_odd_one_out_of_three_is_guilty() -> None:
     assert judge("a", "b", same=True).result == "agreed"
     assert judge("a", "b", "c", same=False, third_with_witness=True).guilty == "a"
-    assert judge("a", "b", "c", same=False, third_with_checked=True).guilty == "b"
     both = judge("a", "b", "c", same=False, third_with_checked=True, third_with_witness=True)
     assert (both.result, both.guilty, both.disputes) == ("unclear", None, ())
+
+
+def test_a_witness_that_is_odd_gets_disputes_and_no_strike() -> None:
+    found = judge("a", "b", "c", same=False, third_with_checked=True)
+    assert (found.result, found.guilty, found.disputes) == ("witness", None, (("b", "a"), ("b", "c")))
+
+
+def test_two_that_lie_alike_get_no_honest_witness_banned_and_are_found_by_others() -> None:
+    honest, liars = ["w", "v"], ["x", "y"]
+    for seed in range(200):
+        rng, reputation = random.Random(seed), Reputation()
+        banned: list[str] = []
+        for call in range(1000):
+            checked = rng.choice([node for node in honest + liars if node not in banned])
+            others = [node for node in honest + liars if node != checked and node not in banned]
+            if len(others) < 2 or banned:
+                break
+            witness, third = rng.sample(others, 2)
+            if checked in honest and {witness, third} == set(liars):
+                continue  # that they could frame somebody is another matter; here they lie as servers only
+            alike = {frozenset(honest), frozenset(liars)}
+            finding = judge(
+                checked,
+                witness,
+                third,
+                same=frozenset((checked, witness)) in alike,
+                third_with_checked=frozenset((checked, third)) in alike,
+                third_with_witness=frozenset((witness, third)) in alike,
+            )
+            banned += reputation.note(finding, float(call))
+        assert set(banned) <= set(liars)
 
 
 def test_what_cannot_be_decided_is_a_dispute() -> None:

@@ -223,10 +223,12 @@ def judge(
     if third_with_checked and third_with_witness:
         return Finding("unclear", checked)
     if third_with_checked:
-        return Finding("witness", checked, witness, (), f"{checked} and {third} agree against it")
+        # No strike: two that lie alike must not get those banned that witness against them.
+        pairs = ((witness, checked), (witness, third))
+        return Finding("witness", checked, None, pairs, f"{checked} and {third} agree, {witness} does not")
     if not third_with_witness:
-        pairs = ((checked, witness), (checked, third), (witness, third))
-        return Finding("disputed", checked, None, pairs, f"{checked}, {witness} and {third} all differ")
+        all_pairs = ((checked, witness), (checked, third), (witness, third))
+        return Finding("disputed", checked, None, all_pairs, f"{checked}, {witness} and {third} all differ")
     if before is not None and again_right:
         reason = f"{checked} gave a wrong answer to what {before} pushed, and a right one to what {before} showed"
         return Finding("disputed", checked, None, ((checked, before),), reason)
@@ -339,7 +341,8 @@ class Reputation:
         ]
 
     def _guilt(self, node: str, now: float) -> int:
-        return STRIKE * sum(self._nodes[node].checks) + DISPUTE * len(self._partners(node, now))
+        state = self._nodes.get(node)
+        return 0 if state is None else STRIKE * sum(state.checks) + DISPUTE * len(self._partners(node, now))
 
     def _quarantine(self, node: str, reason: str, now: float) -> bool:
         state = self._nodes[node]
