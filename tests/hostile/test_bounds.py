@@ -13,7 +13,7 @@ from support.sources import PACKAGE, REPOSITORY, python_files
 
 ROW = re.compile(r"^\| (?P<what>[^|]+) \| (?P<bound>[^|]+) \| `(?P<constant>[\w.]+)` \| [^|]+ \|$", re.MULTILINE)
 UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "s": 1, "min": 60}
-FOLDERS = ("spec", "wire", "swarm", "net", "admin", "server", "client", "gateway", "manifest", "compute")
+FOLDERS = ("wire", "swarm", "net", "admin", "server", "client", "gateway", "manifest", "compute")
 """Where strangers, members, users and files of others are met."""
 SETTINGS = ("wire.frames.Limits", "net.connection.ConnSettings", "gateway.limits.Limits", "swarm.serving.ServingConfig")
 """Classes whose numbers are bounds."""
