@@ -10,9 +10,9 @@ from contextlib import asynccontextmanager
 from support.messages import SESSION, journal, step
 from support.networks import FAST, InMemory, identity, run
 
-from shoal.net.outbox import Outbox
+from shoal.net.outbox import GOSSIP_WAITING, Outbox
 from shoal.net.transport import Conn
-from shoal.wire.messages import Journal, Opened, Step
+from shoal.wire.messages import Journal, Opened, Step, Sync
 
 SMALL = dataclasses.replace(FAST, send_queue_bytes=64 * 1024, receive_queue_bytes=64 * 1024)
 JOURNAL_COPIES = 40
@@ -87,5 +87,21 @@ def test_closing_forgets_what_still_waits() -> None:
             while not isinstance((await gateway.receive())[0], Opened):
                 before += 1
             assert before < JOURNAL_COPIES // 2
+
+    run(scenario)
+
+
+def test_a_peer_that_asks_for_gossip_and_reads_none_fills_no_memory() -> None:
+    async def scenario() -> None:
+        async with server_to_gateway() as (server, gateway):
+            outbox = Outbox(server)
+            answer = Sync({number.to_bytes(8, "big"): (1, 1) for number in range(100)}, [], 0)
+            for _ in range(6000):
+                outbox.put(answer)
+                await asyncio.sleep(0)
+            assert sum(map(len, outbox._queues.values())) <= GOSSIP_WAITING
+            # And what the other side has taken and not read is bounded in bytes, though none of it has a body.
+            assert len(gateway._inbox) * 1000 < 4 * SMALL.receive_queue_bytes
+            await outbox.close()
 
     run(scenario)

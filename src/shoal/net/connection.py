@@ -63,6 +63,8 @@ class Delivery(NamedTuple):
     body: memoryview
     expires_at: float | None
     """When the sender's deadline passes, on this loop's clock (`loop.time()`); None for no deadline."""
+    size: int
+    """Bytes of metadata and body."""
 
 
 class ConnStatistics(NamedTuple):
@@ -206,7 +208,7 @@ class Conn:
             finally:
                 self._receiver = None
         delivery = self._inbox.popleft()
-        self._inbox_bytes -= len(delivery.body)
+        self._inbox_bytes -= delivery.size
         if self._read_paused and self._inbox_room() > 0.5:
             self._resume_reading()
         return delivery
@@ -331,7 +333,7 @@ class Conn:
             self._on_hello(message)
         else:
             expires_at = self._loop.time() + frame.deadline_ms / 1000 if frame.deadline_ms else None
-            self._deliver(Delivery(message, frame.body, expires_at))
+            self._deliver(Delivery(message, frame.body, expires_at, frame.meta_bytes + len(frame.body)))
 
     def _on_final_fault(self, fault: Fault) -> None:
         if self._peer is None:
@@ -341,7 +343,7 @@ class Conn:
 
     def _deliver(self, delivery: Delivery) -> None:
         self._inbox.append(delivery)
-        self._inbox_bytes += len(delivery.body)
+        self._inbox_bytes += delivery.size
         if not self._read_paused and self._inbox_room() <= 0:
             self._pause_reading()
         self._wake_receiver()

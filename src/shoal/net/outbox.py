@@ -1,7 +1,8 @@
 """Sends without waiting: what a connection cannot take at once is kept, in order, until it can.
 
 One queue for each lane of the connection (wire/frames.py): a journal copy that waits for a slow reader must not hold up
-the next step behind it. What may wait is bounded by the steps that sessions have under way.
+the next step behind it. What may wait is bounded by the steps that sessions have under way. Gossip has no such bound,
+since a peer may ask for more and read nothing; it may be lost, because the next round says it again.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from shoal.errors import Full, ShoalError
 from shoal.net.transport import Body, Conn
 from shoal.wire import codec
 from shoal.wire.frames import Lane
-from shoal.wire.messages import Message
+from shoal.wire.messages import Message, Sync
+
+GOSSIP_WAITING = 16
+"""Behind so many messages no Sync waits for its lane."""
 
 
 class Outbox:
@@ -39,6 +43,8 @@ class Outbox:
                 pass
             except ShoalError:
                 return
+        if isinstance(message, Sync) and len(queue) >= GOSSIP_WAITING:
+            return
         queue.append((message, body))
         if lane not in self._drains:
             self._drains[lane] = asyncio.create_task(self._drain(lane, queue), name=f"outbox {lane.name}")

@@ -82,6 +82,7 @@ class Frame(NamedTuple, Generic[T]):
     body: memoryview
     lane: Lane
     deadline_ms: int
+    meta_bytes: int
 
 
 class _Header(NamedTuple):
@@ -227,7 +228,7 @@ class FrameReader(Generic[T]):
         stream = body.header.stream
         del self._open[stream]
         self._next_seq[stream] = (self._next_seq[stream] + 1) % 2**32
-        frames.append(Frame(body.message, body.buffer, Lane(stream), body.header.deadline_ms))
+        frames.append(Frame(body.message, body.buffer, Lane(stream), body.header.deadline_ms, body.header.meta_len))
 
 
 def _check_prefix(magic: int, version: int) -> None:
