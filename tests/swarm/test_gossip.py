@@ -94,6 +94,14 @@ def test_a_node_that_cannot_be_reached_is_tried_less_and_less_often() -> None:
     assert max(pauses) < LONGEST_PAUSE_S + 0.2
 
 
+def test_a_seed_may_be_away_for_hours() -> None:
+    mesh = Mesh("me", [SEED])
+    view = view_of()
+    for second in range(3 * 3600):
+        assert names(mesh, view, float(second)) == {SEED}
+        mesh.failed("", float(second))
+
+
 def test_those_whose_lease_ran_out_are_looked_for_now_and_then() -> None:
     mesh = Mesh("me", [])
     view = view_of("a", lease_s=1.0)

@@ -127,7 +127,8 @@ class Mesh:
         """The link to it broke or could not be made: draw another one, and leave this one alone for a while."""
         self._kept.pop(node, None)
         count = self._failed.get(node, (0, 0.0))[0] + 1
-        self._failed[node] = (count, now + min(LONGEST_PAUSE_S, 2.0**count))
+        # 2 to the power of a thousand failures is no number any more.
+        self._failed[node] = (count, now + min(LONGEST_PAUSE_S, 2.0 ** min(count, 16)))
 
     def _choose(self, view: View, now: float, rng: Rng, measured: Collection[str]) -> None:
         """Keep links to `Pace.links` living nodes, and exchange the oldest one now and then."""
