@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import datetime
 import time
 from pathlib import Path
 
 import pytest
 from support.auditlog import log_of, verdict
-from support.networks import identity
+from support.networks import identity, issuer
 
+from shoal.admin.own import reissued
 from shoal.errors import Refused, UsageError
 from shoal.hostile.edits import EDITS, check_edits, files_of, put_files
 from shoal.manifest.chain import AuditBroken, Entry, verify
+from shoal.net.identity import issue_node
 
 
 def test_entries_come_back_as_they_were_written(tmp_path: Path) -> None:
@@ -73,6 +76,21 @@ def test_a_log_goes_on_in_a_new_part_and_stays_one_chain(tmp_path: Path) -> None
         assert not verdict(tmp_path).whole, f"{part.name} is missing"
         part.touch(mode=0o600)
         part.write_bytes(data)
+
+
+def test_a_writer_that_outlives_its_certificate_shows_the_renewed_one(tmp_path: Path) -> None:
+    node = issue_node(issuer("demo"), "gateway", lifetime=datetime.timedelta(hours=1))
+    renewed = reissued(issuer("demo"), node, lifetime=datetime.timedelta(days=1))
+    now, seconds = [node], [time.time()]
+    log = log_of(tmp_path, node, part_bytes=3000, clock=lambda: seconds[0], renewed=lambda: now[0].chain_der)
+    log.append("request", n=-1)
+    now[0] = renewed
+    seconds[0] += 2 * 3600
+    for number in range(30):
+        log.append("request", n=number)
+    assert list(tmp_path.glob("audit-*.jsonl"))
+    found = verdict(tmp_path)
+    assert found.whole, found.bad
 
 
 def test_a_part_that_was_closed_and_not_yet_followed_is_no_break(tmp_path: Path) -> None:

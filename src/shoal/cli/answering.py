@@ -138,7 +138,7 @@ def _audit_writer(plan: Plan, seed: Seed, transport: TlsTransport) -> AuditWrite
     from shoal.wire.messages import AuditHead
 
     loop, directory = asyncio.get_running_loop(), seed.directory
-    log = audit_log(Home(plan.home), transport.identity)
+    log = audit_log(Home(plan.home), transport.identity, now=lambda: transport.identity)
 
     def told(head: Head | None) -> AuditHead | None:
         return None if head is None else AuditHead(head.seq, head.hash)

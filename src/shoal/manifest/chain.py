@@ -121,13 +121,16 @@ class AuditLog:
         *,
         clock: Callable[[], float] = time.time,
         part_bytes: int = PART_BYTES,
+        renewed: Callable[[], Sequence[bytes]] | None = None,
     ) -> None:
-        """`sign` and `chain` (DER certificates, the node's own first) are those of the node `signer`."""
+        """`sign` and `chain` (DER certificates, the node's own first) are those of the node `signer`. A process that
+        outlives them gives `renewed`, the chain as it is now: an entry must not bring certificates that have ended."""
         self._folder = folder
         self._path = folder / "audit.jsonl"
         self._sign = sign
         self._signer = signer
-        self._chain = [base64.b64encode(der).decode() for der in chain]
+        self._chain = _as_text(chain)
+        self._renewed = renewed
         self._clock = clock
         self._part_bytes = part_bytes
         self._head: Head | None = None
@@ -159,6 +162,8 @@ class AuditLog:
             wanted: list[tuple[str, Mapping[str, Json]]] = []
             if self._seen is not None and self._seen[1] >= self._part_bytes and self._head is not None:
                 self._rotate()
+            if self._renewed is not None and (chain := _as_text(self._renewed())) != self._chain:
+                self._chain, self._announced = chain, False
             if not self._announced:
                 wanted.append(("log.signer", {"chain": list(self._chain)}))
             if self._repaired:
@@ -546,6 +551,10 @@ def _verified(signer: Signer, payload: bytes, signature: str) -> bool:
         return signer.verify(payload, _unbase64(signature))
     except ValueError:
         return False
+
+
+def _as_text(chain: Sequence[bytes]) -> list[str]:
+    return [base64.b64encode(der).decode() for der in chain]
 
 
 def _unbase64(text: object) -> bytes:
