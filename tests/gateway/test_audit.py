@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,12 @@ from typing import Any
 import openai
 import pytest
 from support.auditlog import log_of, verdict
-from support.gateway import Gateway, Given, Hold, eventually, running
+from support.gateway import Gateway, Given, Hold, ScriptedModel, byte_level_tokenizer, eventually, running
 
 from shoal.errors import PolicyUnmet, SwarmIncomplete
+from shoal.gateway.accounts import Account
+from shoal.gateway.audit import Audit
+from shoal.gateway.errors import AuditUnavailable
 from shoal.gateway.limits import Limits
 from shoal.hostile.edits import files_of, put_files
 from shoal.manifest.chain import Entry
@@ -154,3 +158,27 @@ def test_who_gets_inputs_after_the_answer_is_in_the_log_too(gateway: Gateway, ho
     assert on_host is not None
     gateway._loop.call_soon_threadsafe(on_host, "n9", BlockRange(0, 4))
     assert eventually(lambda: entries(home)[-1].data["hosts"] == [["n9", "0:4"]])
+
+
+def test_machines_that_found_no_room_in_the_log_are_told_before_the_first_byte() -> None:
+    told: list[list[list[str]]] = []
+    full = [True]
+
+    class Behind(Audit):
+        def submit(self, kind: str, /, **data: Any) -> None:
+            if full:
+                full.clear()
+                raise AuditUnavailable("The disk is behind.")
+            told.append(data["hosts"])
+
+    async def request() -> None:
+        model = ScriptedModel("m", byte_level_tokenizer())
+        trail = Behind().trail("r1", Account(1, "k", "sk-", None, 0), model)
+        for given in CHAIN:
+            trail.on_host(given.node, BlockRange.parse(given.blocks))
+        await asyncio.sleep(0)
+        assert not told
+        await trail.begun()
+
+    asyncio.run(request())
+    assert told == [[["n1", "0:4"], ["n2", "4:8"]]]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from concurrent.futures import Future
+from contextlib import suppress
 
 from shoal.client.checks import Found
 from shoal.errors import PolicyUnmet, ShoalError, UsageError
@@ -128,6 +129,8 @@ class Trail:
         self._hosts: list[list[str]] = []
         self._told = 0
         """How many of the hosts stand in an entry."""
+        self._telling = False
+        """They are told at the end of this turn of the loop."""
         self._waiting: list[Future[Head]] = []
         self._ended = False
 
@@ -137,15 +140,23 @@ class Trail:
         if host in self._hosts:
             return
         self._hosts.append(host)
-        if len(self._hosts) == self._told + 1:
+        if not self._telling:
+            self._telling = True
             # The other machines of the chain are told in the same turn of the loop: one entry for all.
-            asyncio.get_running_loop().call_soon(self._tell)
+            asyncio.get_running_loop().call_soon(self._tell_if_possible)
+
+    def _tell_if_possible(self) -> None:
+        self._telling = False
+        # With too much waiting for the disk, `begun` tries again before the first byte leaves.
+        with suppress(AuditUnavailable):
+            self._tell()
 
     def _tell(self) -> None:
         # Also after `end`: of several choices one may fail and end the answer while another still moves.
-        new, self._told = self._hosts[self._told :], len(self._hosts)
+        new, known = self._hosts[self._told :], len(self._hosts)
         if new:
             self._keep(self._audit.submit("request.hosts", **self._about, hosts=new))
+        self._told = known
 
     def _keep(self, future: Future[Head] | None) -> None:
         if future is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +23,11 @@ MEMBERS_ASKED = 64
 _RECORDS = msgspec.msgpack.Decoder(Record)
 
 
-def audit_log(home: Home, identity: NodeIdentity) -> AuditLog:
-    """The log of this home, to be continued by `identity`. Raises AuditBroken when it is not what was written."""
-    return AuditLog(home.path, identity.sign, identity.peer.node, identity.chain_der)
+def audit_log(home: Home, identity: NodeIdentity, *, now: Callable[[], NodeIdentity] | None = None) -> AuditLog:
+    """The log of this home, to be continued by `identity`; `now` is the same node as it was renewed so far. Raises
+    AuditBroken when it is not what was written."""
+    renewed = None if now is None else lambda: now().chain_der
+    return AuditLog(home.path, identity.sign, identity.peer.node, identity.chain_der, renewed=renewed)
 
 
 def own_nodes(home: Home) -> dict[str, str]:
@@ -122,10 +124,17 @@ async def _ask(transport: TlsTransport, signatures: Signatures, addresses: Seque
                 continue
             for signed in message.records:
                 writer = signatures.writer(signed.payload, signed.signature, signed.chain)
-                if writer is not None:
-                    record = _RECORDS.decode(signed.payload)
-                    if record.node == writer.node:
-                        records.append(record)
+                record = None if writer is None else _record(signed.payload)
+                if record is not None and writer is not None and record.node == writer.node:
+                    records.append(record)
             return conn.peer.node, records
     finally:
         await conn.close()
+
+
+def _record(payload: bytes) -> Record | None:
+    """The record that somebody signed; None for whatever else it is."""
+    try:
+        return _RECORDS.decode(payload)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        return None
