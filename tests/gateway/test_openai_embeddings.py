@@ -12,7 +12,7 @@ import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.gateway import Call, Gateway, Hold, Step, eventually
+from support.gateway import Call, Gateway, Given, Hold, Step, eventually
 
 from shoal.errors import Full, SwarmIncomplete
 from shoal.gateway.accounts import Usage
@@ -155,6 +155,18 @@ def test_a_client_that_leaves_frees_the_sessions_of_its_texts(gateway: Gateway) 
         client.embeddings.create(model=MODEL, input=["a"] * 20, timeout=0.3)
     assert eventually(lambda: all(call.closed.is_set() for call in gateway.chatty.calls))
     assert len(gateway.chatty.calls) == AT_ONCE
+    hold.release.set()
+
+
+def test_a_client_that_leaves_is_charged_the_texts_that_were_computed(gateway: Gateway) -> None:
+    key, account = gateway.new_key(tokens_per_day=100)
+    hold = Hold()
+    scripts = {5: [Given("n1", "0:8")], 6: [Given("n1", "0:8"), hold], 7: [hold]}
+    gateway.chatty.embedding_script = lambda call: scripts[call.prompt[0]]
+    with gateway.client(key) as client, pytest.raises(openai.APITimeoutError):
+        client.embeddings.create(model=MODEL, input=[[5, 5, 5], [6, 6], [7]], timeout=0.5)
+    # The first is ready, the second was under way, and nobody has seen the third.
+    assert eventually(lambda: gateway.used(account) == Usage(1, 5, 0))
     hold.release.set()
 
 

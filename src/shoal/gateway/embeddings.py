@@ -8,6 +8,7 @@ import math
 import struct
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -23,6 +24,7 @@ from shoal.gateway.metrics import RequestMeter
 from shoal.gateway.openai import EmbeddingRequest, ignored_header, read
 from shoal.gateway.replies import dumps, send_json
 from shoal.gateway.served import Served
+from shoal.spec.ids import BlockRange
 
 AT_ONCE = 8
 """Texts of one request that are computed at the same time, so that a long list leaves room for others."""
@@ -80,10 +82,10 @@ async def _answer(
     headers: dict[str, str],
     send: Send,
 ) -> None:
-    """Compute every vector, then send one JSON object. Billed when all are there."""
-    data = await _all(served, request, prompts, request_id, trail)
+    """Compute every vector, then send one JSON object. Every text that was given to servers is billed, also when the
+    client does not wait for the others."""
+    data = await _all(served, request, prompts, request_id, trail, meter)
     tokens = sum(map(len, prompts))
-    meter.admitted(tokens)
     meter.finished("embedded")
     answer = {
         "object": "list",
@@ -95,7 +97,12 @@ async def _answer(
 
 
 async def _all(
-    served: Served, request: EmbeddingRequest, prompts: Sequence[list[int]], request_id: str, trail: Trail
+    served: Served,
+    request: EmbeddingRequest,
+    prompts: Sequence[list[int]],
+    request_id: str,
+    trail: Trail,
+    meter: RequestMeter,
 ) -> list[dict[str, Any]]:
     """The vectors as entries of the answer, some of them computed at once. Raises what a text raises.
 
@@ -106,12 +113,29 @@ async def _all(
     waiting = deque(range(len(prompts)))
     running: dict[asyncio.Task[list[float]], int] = {}
     most = AT_ONCE
+    given: set[int] = set()
+
+    def note(place: int) -> None:
+        """The text is being computed, or has been."""
+        if place not in given:
+            if not given:
+                meter.admitted(0)
+            given.add(place)
+            meter.prompt(len(prompts[place]))
+
+    def on_host(place: int, node: str, blocks: BlockRange) -> None:
+        note(place)
+        trail.on_host(node, blocks)
+
     try:
         while waiting or running:
             while waiting and len(running) < most:
                 place = waiting.popleft()
                 work = served.embed(
-                    prompts[place], request_id=f"{request_id}-{place}", zones=trail.zones, on_host=trail.on_host
+                    prompts[place],
+                    request_id=f"{request_id}-{place}",
+                    zones=trail.zones,
+                    on_host=partial(on_host, place),
                 )
                 running[asyncio.create_task(work)] = place
             done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
@@ -125,6 +149,7 @@ async def _all(
                     most = max(1, min(most - 1, len(running)))
                     waiting.appendleft(place)
                     continue
+                note(place)
                 shown = _shown(shortened(vector, request.dimensions), request.encoding_format)
                 entries[place] = {"object": "embedding", "index": place, "embedding": shown}
     finally:

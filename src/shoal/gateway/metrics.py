@@ -151,6 +151,11 @@ class RequestMeter:
         self._metrics.running.inc()
         self._metrics.prompt_tokens.inc(prompt_tokens)
 
+    def prompt(self, tokens: int) -> None:
+        """So many more tokens of the request are computed, where not all begin at once."""
+        self.prompt_tokens += tokens
+        self._metrics.prompt_tokens.inc(tokens)
+
     @property
     def was_admitted(self) -> bool:
         return self._admitted
