@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import shutil
 from collections.abc import Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -38,6 +39,21 @@ def test_several_generations_at_once_give_the_tokens_of_the_whole_model(
             answers = await asyncio.gather(*(swarm.tokens(prompt, COUNT) for prompt in PROMPTS))
             assert answers == [expected(model, prompt) for prompt in PROMPTS]
             assert swarm.recovered == []
+
+    run(scenario)
+
+
+def test_a_model_directory_may_have_another_name_on_every_machine(
+    model: PreTrainedModel, model_dir: Path, tmp_path: Path
+) -> None:
+    renamed = tmp_path / "another-name"
+    shutil.copytree(model_dir, renamed)
+
+    async def scenario() -> None:
+        async with InProcess(renamed) as swarm:
+            swarm._model_dir = model_dir  # the servers'
+            await swarm.add("0:3", "3:6")
+            assert await swarm.tokens(PROMPTS[0], COUNT) == expected(model, PROMPTS[0])
 
     run(scenario)
 

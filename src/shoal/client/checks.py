@@ -135,7 +135,6 @@ class Checks:
         directory: Directory,
         reputation: honesty.Reputation,
         *,
-        model: str,
         num_blocks: int,
         config: CheckConfig | None = None,
         rng: random.Random | None = None,
@@ -147,7 +146,6 @@ class Checks:
         self._sessions = sessions
         self._directory = directory
         self._reputation = reputation
-        self._model = model
         self._num_blocks = num_blocks
         self._config = config or CheckConfig()
         # Whoever could foretell it would know which calls to be honest in.
@@ -326,7 +324,7 @@ class Checks:
         avoid = self._reputation.avoid(records, self._directory.node, now) | view.suspects(now)
         return honesty.witnesses(
             records,
-            self._model,
+            self._sessions.model,
             blocks,
             self._num_blocks,
             need_tokens=need_tokens,
@@ -370,7 +368,7 @@ class Checks:
                     msg.Open(
                         session=replay.id,
                         epoch=1,
-                        model=self._model,
+                        model=self._sessions.model,
                         start=call.blocks.start,
                         end=call.blocks.end,
                         stages=call.stages,
@@ -422,7 +420,7 @@ class Checks:
 
     def statistics(self) -> dict[str, Any]:
         """For `shoal status`: what was checked, and what nobody can be compared with."""
-        spans = coverage(self._directory.live(), self._model, self._num_blocks)
+        spans = coverage(self._directory.live(), self._sessions.model, self._num_blocks)
         return {
             "rate": self._config.rate,
             "results": dict(self._reputation.results),

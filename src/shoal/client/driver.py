@@ -16,7 +16,7 @@ import math
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -33,6 +33,7 @@ from shoal.net.directory import Directory
 from shoal.net.transport import Transport
 from shoal.net.worker import Worker
 from shoal.spec.sampling import Constraint, Sampled, SamplingParams
+from shoal.swarm.balance import name_in_use
 from shoal.swarm.honesty import Reputation
 from shoal.swarm.session import Recovered, SessionConfig
 from shoal.swarm.trust import Zones
@@ -113,6 +114,7 @@ class Driver:
         self._head = head
         self._config = config or DriverConfig()
         self._worker = worker
+        self._directory = directory
         self._encoder = Encoder()
         self.sessions = Sessions(
             facts.name,
@@ -132,7 +134,6 @@ class Driver:
             self.sessions,
             directory,
             reputation,
-            model=facts.name,
             num_blocks=facts.num_blocks,
             config=self._config.checks,
             on_found=on_found,
@@ -155,7 +156,14 @@ class Driver:
         await self.sessions.close()
 
     def view_changed(self) -> None:
-        """The registry changed: generations that wait for servers look again."""
+        """The registry changed: generations that wait for servers look again.
+
+        The first server named the model after its own directory; whatever ours is called, theirs is the name to ask
+        for."""
+        name = name_in_use(self.facts.name, self._directory.live())
+        if name is not None and name != self.facts.name:
+            self.facts = replace(self.facts, name=name)
+            self.sessions.model = name
         self.sessions.view_changed()
 
     # --- one generation --------------------------------------------------------------------------------------

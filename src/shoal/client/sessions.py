@@ -140,7 +140,8 @@ class Sessions:
         self._reputation = reputation or Reputation()
         self._guests: dict[bytes, Guest] = {}
         self.wire = wire
-        self._model = model
+        self.model = model
+        """As the swarm calls it, name@hash. Sessions that are open keep the name they began with."""
         self._num_blocks = num_blocks
         self._node = node
         self._transport = transport
@@ -198,7 +199,7 @@ class Sessions:
         self._check_zones(zones)
         session = decide.Session(
             secrets.token_bytes(16),
-            model=self._model,
+            model=self.model,
             num_blocks=self._num_blocks,
             max_tokens=max_tokens,
             wire=self.wire,
@@ -250,7 +251,7 @@ class Sessions:
         records = self._directory.view.live(time.monotonic())
         for unmet in (
             ends_unmet(zones, self._labels),
-            policy_unmet(records, self._model, self._num_blocks, zones, retry_after_s=POLICY_RETRY_S),
+            policy_unmet(records, self.model, self._num_blocks, zones, retry_after_s=POLICY_RETRY_S),
         ):
             if unmet is not None:
                 raise unmet
@@ -262,7 +263,7 @@ class Sessions:
         records = view.live(now)
         chain = route(
             records,
-            self._model,
+            self.model,
             self._num_blocks,
             rng=self._rng,
             avoid=avoid | view.suspects(now) | self._reputation.avoid(records, self._node, now),
@@ -296,7 +297,7 @@ class Sessions:
         servers = {
             record.node: record
             for record in view.live(now)
-            if record.state == "online" and record.span is not None and record.span.model == self._model
+            if record.state == "online" and record.span is not None and record.span.model == self.model
         }
         for node, record in servers.items():
             if node not in self._links and node not in suspects and len(self._links) < MAX_SCOUTED:
@@ -382,7 +383,7 @@ class Sessions:
         view = self._directory.view
         why = why_no_chain(
             view.live(now),
-            self._model,
+            self.model,
             self._num_blocks,
             avoid=view.suspects(now),
             shunned=self._reputation.avoid(view.live(now), self._node, now),

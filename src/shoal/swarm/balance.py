@@ -195,20 +195,36 @@ def choose(records: Iterable[Record], node: str, model: str, needs: ModelNeeds) 
     raise ValueError(f"{node} is not among those that join {model}")
 
 
+def name_in_use(model: str, records: Iterable[Record]) -> str | None:
+    """The name under which servers host what is called `model` (name@hash) here, whatever its directory is called;
+    None when nobody does."""
+    known = _models_named_in(records)
+    if model in known:
+        return model
+    contents = model.partition("@")[2]
+    return min((other for other in known if other.partition("@")[2] == contents), default=None)
+
+
+def _models_named_in(records: Iterable[Record]) -> set[str]:
+    names: set[str] = set()
+    for record in records:
+        if record.span is not None:
+            names.add(record.span.model)
+        if record.serves:
+            names.add(record.serves)
+    return names
+
+
 def known_as(model: str, records: Iterable[Record]) -> str:
     """The name by which the swarm knows the model that is called `model` (name@hash) here: the directory's name may
     differ from machine to machine, what is in it may not.
 
     Raises ModelError when the swarm serves a model of this name with other contents."""
-    name, _, contents = model.partition("@")
-    known = sorted({record.span.model for record in records if record.span is not None} | {
-        record.serves for record in records if record.serves
-    })  # fmt: skip
-    if not known or model in known:
-        return model
-    same = [other for other in known if other.partition("@")[2] == contents]
-    if same:
-        return same[0]
+    records = list(records)
+    if (found := name_in_use(model, records)) is not None:
+        return found
+    name = model.partition("@")[0]
+    known = sorted(_models_named_in(records))
     namesakes = [other for other in known if other.partition("@")[0] == name]
     if namesakes:
         raise ModelError(
