@@ -13,21 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support.admission import joined, new_home, token_for
+from support.admission import joined, new_home, serving, token_for
 from support.networks import FAST, run
 
 from shoal.admin.attach import in_good_standing
 from shoal.admin.invites import revoke
 from shoal.admin.own import own_node
 from shoal.admin.service import AdminService, AlreadyAdmin
-from shoal.errors import PeerLost, Refused, UsageError
+from shoal.errors import DiskFull, PeerLost, Refused, UsageError
 from shoal.net.directory import Directory
 from shoal.net.home import Home
-from shoal.net.identity import NodeIdentity, issue_node
+from shoal.net.identity import Authority, NodeIdentity, create_issuer, issue_node
 from shoal.net.renewal import admin_addresses, ask_over, keep_renewed, taking_effect
 from shoal.net.seed import Seed
 from shoal.net.tls import TlsTransport
 from shoal.net.transport import Conn
+from shoal.wire.messages import Signed
 
 pytestmark = pytest.mark.usefixtures("looks_often")
 ANY_PORT = "tcp://127.0.0.1:0"
@@ -380,5 +381,44 @@ def test_an_admin_that_comes_back_elsewhere_and_members_that_start_anew_find_the
             async with running(home, "admin") as (back, _):
                 assert back.address != admin.address
                 await eventually(lambda: len(back.seed.directory.live()) == 4)
+
+    run(scenario)
+
+
+def test_while_the_issuing_authority_ends_the_admin_starts_invites_and_removes(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        home = new_home(tmp_path)
+        issuer = create_issuer(Authority.load(home.ca_dir), lifetime=datetime.timedelta(days=1))
+        issuer.save(home.ca_dir)
+        (home.ca_dir / "ca.key").unlink()
+        home.save_node("admin", issue_node(issuer, "admin"))
+        told: list[Signed] = []
+        late = time.time() + 20 * 3600  # a new certificate is due, and would last no longer than the present one
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("shoal.admin.own.time.time", lambda: late)
+            async with serving(home, clock=lambda: late, on_revoked=told.append):
+                identity = await joined(token_for(home, now=late), Home(tmp_path / "member"))
+                await asyncio.to_thread(revoke, home, identity.peer.node, reason="", now=late)
+                await eventually(lambda: any(identity.peer.node.encode() in list_.payload for list_ in told))
+
+    run(scenario)
+
+
+def test_a_disk_that_takes_no_renewal_keeps_nobody_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        home = new_home(tmp_path)
+        told: list[Signed] = []
+        now = [time.time()]
+        async with serving(home, clock=lambda: now[0], on_revoked=told.append):
+            identity = await joined(token_for(home), Home(tmp_path / "member"))
+
+            def full(self: Home, name: str, identity: NodeIdentity) -> None:
+                raise DiskFull("no room")
+
+            monkeypatch.setattr(Home, "save_node", full)
+            monkeypatch.setattr("shoal.admin.service.renewal_due", lambda identity: 0.0)
+            monkeypatch.setattr("shoal.admin.service.can_last_longer", lambda issuer, identity: True, raising=False)
+            await asyncio.to_thread(revoke, home, identity.peer.node, reason="", now=time.time())
+            await eventually(lambda: any(identity.peer.node.encode() in list_.payload for list_ in told))
 
     run(scenario)

@@ -43,7 +43,9 @@ def own_node(home: Home, name: str, role: Role, *, labels: Sequence[str] | None 
                 )
             if store.is_revoked(identity.peer.node):
                 identity = None
-            elif now < renewal_due(identity) and wanted in (None, identity.peer.labels):
+            elif wanted in (None, identity.peer.labels) and (
+                now < renewal_due(identity) or not can_last_longer(issuer, identity)
+            ):
                 return identity
         if identity is None:
             identity = issue_node(issuer, role, labels=wanted or ())
@@ -52,6 +54,11 @@ def own_node(home: Home, name: str, role: Role, *, labels: Sequence[str] | None 
         store.certified(identity.peer, identity.valid_until.timestamp(), now=now)
     home.save_node(name, identity)
     return identity
+
+
+def can_last_longer(issuer: Authority, identity: NodeIdentity) -> bool:
+    """Whether a new certificate would end after the present one: no certificate outlives its issuer's."""
+    return issuer.not_after > identity.valid_until
 
 
 def reissued(

@@ -25,7 +25,7 @@ from cryptography import x509
 
 from shoal.admin.joining import JoinListener
 from shoal.admin.limits import Attempts
-from shoal.admin.own import reissued
+from shoal.admin.own import can_last_longer, reissued
 from shoal.admin.store import AdminStore
 from shoal.errors import Full, Refused, ShoalError, UsageError
 from shoal.manifest.canonical import Json
@@ -235,6 +235,13 @@ class AdminService:
 
     async def _look(self) -> None:
         now = self._clock()
+        try:
+            await self._stay_valid(now)
+        finally:
+            # Whatever keeps the admin from renewing itself (a full disk, say) must keep nobody in.
+            await self._tell_revocations()
+
+    async def _stay_valid(self, now: float) -> None:
         if now >= self._issuer_looked_at + ISSUER_EVERY_S or now < self._issuer_looked_at:
             self._issuer_looked_at = now
             if self.home.renew_issuer(datetime.datetime.fromtimestamp(now, datetime.UTC)):
@@ -243,13 +250,15 @@ class AdminService:
             self._remind(now)
             if self._listener is not None:
                 self._write_seeds()
-        if now >= renewal_due(self._admin):
+        if now >= renewal_due(self._admin) and can_last_longer(self._issuer, self._admin):
             self._admin = await self.renew_own(self._admin)
             self._context = self._admin.enrolment_context()
             self.home.save_node("admin", self._admin)
             self._log_book = audit_log(self.home, self._admin)
             self._on_renewed(self._admin)
             await self._record(lambda: self._store.retell(now=now))
+
+    async def _tell_revocations(self) -> None:
         version, nodes = await self._record(self._store.revocations)
         if version > self._revoked_version:
             self._revoked_version = version
