@@ -15,8 +15,9 @@ import pytest
 
 from shoal.sim.scenarios import gossip, run
 from shoal.sim.world import Stuck, Wrong
+from shoal.swarm.journal import Log
 from shoal.swarm.serving import Serving
-from shoal.swarm.session import Log, Session, Tell
+from shoal.swarm.session import Session, Tell
 from shoal.swarm.view import View
 from shoal.wire import messages as msg
 

@@ -24,8 +24,8 @@ from shoal.errors import NotFinite, PeerLost, ShoalError
 from shoal.net.directory import Directory
 from shoal.spec.ids import BlockRange
 from shoal.swarm import honesty
+from shoal.swarm.journal import Log
 from shoal.swarm.routing import coverage
-from shoal.swarm.session import Log
 from shoal.swarm.trust import Zones
 from shoal.wire import messages as msg
 from shoal.wire import rows as wire_rows
