@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 
 import msgspec
 import pytest
 from support.messages import RECORD
-from support.networks import identity
+from support.networks import identity, run
 
-from shoal.net.identity import NODE_LIFETIME
-from shoal.net.renewal import MAX_SEEDS, admin_addresses, meeting_places, next_attempt, renewal_due
+from shoal.net.identity import NODE_LIFETIME, NodeIdentity
+from shoal.net.renewal import MAX_SEEDS, admin_addresses, keep_renewed, meeting_places, next_attempt, renewal_due
 from shoal.wire.messages import Record
 
 
@@ -57,3 +58,29 @@ def test_the_swarm_is_met_at_live_nodes_before_those_known_earlier() -> None:
     many = [record("server", f"s{number}") for number in range(50)]
     assert len(meeting_places(many, ["own"], ["old"])) == MAX_SEEDS
     assert meeting_places([], [], ["old"]) == ["old"]
+
+
+def test_a_disk_that_is_full_for_a_while_ends_no_renewal(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        monkeypatch.setattr("shoal.net.renewal.next_attempt", lambda *_: 0.0)
+        node, tried = identity("server"), 0
+        worked = asyncio.Event()
+
+        async def ask(present: NodeIdentity) -> NodeIdentity:
+            return present
+
+        def on_renewed(renewed: NodeIdentity) -> None:
+            nonlocal tried
+            tried += 1
+            if tried == 1:
+                raise OSError(28, "No space left on device")
+            worked.set()
+
+        renewing = asyncio.create_task(keep_renewed(node, ask, on_renewed))
+        ended = asyncio.create_task(worked.wait())
+        await asyncio.wait([renewing, ended], return_when=asyncio.FIRST_COMPLETED)
+        assert worked.is_set()
+        renewing.cancel()
+        await asyncio.wait([renewing])
+
+    run(scenario)

@@ -230,7 +230,7 @@ class AdminService:
             await asyncio.sleep(LOOK_EVERY_S)
             try:
                 await self._look()
-            except ShoalError as error:
+            except (ShoalError, OSError) as error:
                 _log.error("%s", error)
 
     async def _look(self) -> None:

@@ -73,9 +73,9 @@ async def keep_renewed(
         try:
             identity = await ask(identity)
             on_renewed(identity)
-        except ShoalError as error:
+        except (ShoalError, OSError) as error:
             # A refusal too: whoever answers at the admin's address may be an impostor. A node that was really removed
-            # is cut off by everybody else.
+            # is cut off by everybody else. OSError: TLS reads keys from files, and there may be no room for them.
             failures += 1
             _log.warning("the certificate could not be renewed, which will be tried again: %s", error)
         else:
