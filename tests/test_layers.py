@@ -35,6 +35,12 @@ class Layer:
 
 LAYERS = {
     "spec": Layer((), "everyone depends on it", only=()),
+    "plan": Layer(
+        ("spec",),
+        "planning answers at once, on a laptop, for machines that are not there",
+        only=(),
+        never=(*INPUT_AND_OUTPUT, *CLOCKS_AND_CHANCE),
+    ),
     "wire": Layer(
         ("spec",),
         "bytes can be fuzzed and read anywhere, without clock or network",
@@ -92,6 +98,7 @@ LAYERS = {
         never_at_top=(
             *HEAVY,
             *(
+                "plan",
                 "wire",
                 "swarm",
                 "compute",

@@ -11,6 +11,13 @@ COMMANDS: dict[str, Entry] = {
     "devices": Entry(
         "shoal.cli.plan_devices:devices", "List the devices of the catalog, or show what is known of one."
     ),
+    "predict": Entry(
+        "shoal.cli.plan_predict:predict", "Predict rows of published measurements (their values are not looked at)."
+    ),
+    "score": Entry(
+        "shoal.cli.plan_score:score",
+        "Compare predictions with the values of rows: per kind and source median, 90th percentile, bias, coverage.",
+    ),
 }
 
 plan = LazyGroup(name="plan", table=COMMANDS, help="What models need, calculated before anything is bought.")

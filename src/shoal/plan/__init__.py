@@ -1,0 +1,1 @@
+"""Arithmetic: what a workload needs on which machines. Pure, deterministic, without torch."""
