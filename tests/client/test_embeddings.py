@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from shoal.client.driver import DriverConfig
 from shoal.client.served import SwarmModel, read_pooling
-from shoal.errors import ContextTooLong, Full, ModelError, PolicyUnmet, SwarmIncomplete, UsageError
+from shoal.errors import ContextTooLong, Full, ModelError, PolicyUnmet, ShoalError, SwarmIncomplete, UsageError
 from shoal.spec.ids import BlockRange
 from shoal.swarm.session import SessionConfig
 from shoal.swarm.trust import Zones
@@ -171,3 +171,16 @@ def test_a_tokenizer_with_more_ids_than_the_vocabulary_is_refused_at_the_start()
     with pytest.raises(ModelError, match="ids up to 100, but the model's vocabulary ends at 99") as caught:
         SwarmModel("m", driver, None, too_many, eos_ids=frozenset())  # type: ignore[arg-type]
     assert "tokenizer that belongs to these weights" in caught.value.hint
+
+
+def test_a_driver_that_closes_tells_those_who_wait_for_a_vector(model_dir: Path) -> None:
+    async def scenario() -> None:
+        async with InProcess(model_dir) as swarm:
+            waiting = asyncio.create_task(swarm.driver.embed(TEXTS[0]))  # there is no server
+            await asyncio.sleep(0.1)
+            await swarm.driver.close()
+            with pytest.raises(ShoalError, match="was closed"):
+                async with asyncio.timeout(5):
+                    await waiting
+
+    run(scenario)

@@ -140,6 +140,8 @@ class Driver:
             on_dropped=on_dropped,
         )
         self._runs: set[_Run] = set()
+        self._texts: set[asyncio.Queue[wire_rows.Rows | ShoalError]] = set()
+        """Where those wait whose text is being embedded."""
         self._rows: deque[tuple[_Run, wire_rows.Rows]] = deque()
         self._sampling: list[_Run] = []
         """The generations whose next tokens are being chosen now."""
@@ -152,6 +154,8 @@ class Driver:
         """End every generation (those who wait for a token hear an error) and connection."""
         for run in self._runs:
             run.out.put_nowait(ShoalError("The driver was closed while an answer was running."))
+        for text in self._texts:
+            text.put_nowait(ShoalError("The driver was closed while a text was being embedded."))
         await self.checks.close()
         await self.sessions.close()
 
@@ -285,6 +289,7 @@ class Driver:
             zones=zones,
             on_host=on_host,
         )
+        self._texts.add(arrived)
         try:
             await self._feed_prompt(prompt, handle)
             total, missing = None, len(prompt) - first
@@ -297,6 +302,7 @@ class Driver:
                 total = part if total is None else total + part
             return _unit(total)
         finally:
+            self._texts.discard(arrived)
             self.sessions.end(handle)
 
     def _final_sum(self, rows: wire_rows.Rows) -> torch.Tensor:
