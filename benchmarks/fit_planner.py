@@ -69,6 +69,8 @@ GIVEN = {
     ("train", "megatron"): {"gradient_bytes": 4.0},
 }
 Row = dict[str, str]
+FEW = 5
+"""Fewer rows than this say little about how far off the next one is."""
 Constants = dict[str, float]
 
 
@@ -118,7 +120,7 @@ def report_and_lines(kind: str, rows: list[Row]) -> list[str]:
             low, high, told = *spread(list(whole.values()), least=0.25), f"{len(rows)} rows of {len(sources)} sources"
         else:
             own = [row for row in rows if engine_of(row) == engine]
-            low, high = spread([folds[row["id"]] for row in own], least=0.05)
+            low, high = spread([folds[row["id"]] for row in own], least=0.05 if len(own) >= FEW else 0.25)
             told = f"{len(own)} rows of {', '.join(sorted({row['source'] for row in own}))}"
         lines += [f"[profiles.{kind}.{engine}]", f'fitted_on = "{told}"', f"low = {low:.3f}", f"high = {high:.3f}"]
         lines += [f"constants = {{ {', '.join(f'{key} = {value:.4g}' for key, value in constants.items())} }}", ""]

@@ -11,6 +11,10 @@ COMMANDS: dict[str, Entry] = {
     "devices": Entry(
         "shoal.cli.plan_devices:devices", "List the devices of the catalog, or show what is known of one."
     ),
+    "finetune": Entry(
+        "shoal.cli.plan_finetune:finetune",
+        "Say whether a fine-tuning fits in memory, and what to change; exit code 3 when it does not surely fit.",
+    ),
     "predict": Entry(
         "shoal.cli.plan_predict:predict", "Predict rows of published measurements (their values are not looked at)."
     ),
