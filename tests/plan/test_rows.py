@@ -130,3 +130,4 @@ def test_the_errors_on_the_whole_ground_truth_are_within_the_aims() -> None:
             assert held_out()[kind]["five_folds"]["median_percent"] <= middle, kind
             assert held_out()[kind]["five_folds"]["p90_percent"] <= ninth, kind
             assert kinds[kind]["measured_above_high"] < 0.1, kind
+            assert kinds[kind].get("fit_decided_right", 1.0) >= 0.95, kind

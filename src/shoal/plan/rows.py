@@ -91,6 +91,17 @@ def unit_bytes(row: Row) -> float:
     return UNITS[unit]
 
 
+def room_bytes(row: Row) -> float | None:
+    """Memory of what a row's figure is about: one device, or all of them where an inference figure is their sum.
+
+    None where the row names no device of the catalog, or its figure is a part of the whole.
+    """
+    if row.get("gpu", "") not in catalog.device_names() or "only" in row["unit"]:
+        return None
+    together = row["kind"] == "inference_memory" and not row.get("tp")
+    return float(catalog.device(row["gpu"]).memory_bytes * (_number(row, "num_gpus", 1) if together else 1))
+
+
 def workload(row: Row) -> Workload:
     """The workload that a memory row describes. Raises Unsupported with the reason when the row says too little."""
     spec = model_of(row)

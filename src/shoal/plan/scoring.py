@@ -9,7 +9,7 @@ from statistics import mean, median
 from typing import Any
 
 from shoal.errors import UsageError
-from shoal.plan.rows import predict, unit_bytes
+from shoal.plan.rows import predict, room_bytes, unit_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,8 @@ class Compared:
     value: float
     low: float
     high: float
+    room: float | None
+    """Memory of the devices that the figure is about; None when the row does not name one known device."""
 
     @property
     def error(self) -> float:
@@ -41,7 +43,9 @@ def score(rows: Iterable[Mapping[str, str]]) -> dict[str, Any]:
             reasons[kind][why] += 1
             continue
         measured = _measured(row) * unit_bytes(row)
-        compared[kind].append(Compared(row.get("source", ""), measured, estimate.value, estimate.low, estimate.high))
+        compared[kind].append(
+            Compared(row.get("source", ""), measured, estimate.value, estimate.low, estimate.high, room_bytes(row))
+        )
     return {
         kind: {
             "rows": len(compared[kind]) + sum(reasons[kind].values()),
@@ -79,6 +83,10 @@ def _figures(rows: list[Compared], kind: str) -> dict[str, Any]:
     found = {**_errors(rows), "macro_median_percent": round(mean(s["median_percent"] for s in sources.values()), 2)}
     if kind.endswith("_memory"):
         found["measured_above_value"] = round(mean(row.measured > row.value for row in rows), 3)
+        known = [row for row in rows if row.room is not None]
+        if known:
+            right = mean((row.value <= row.room) == (row.measured <= row.room) for row in known if row.room)
+            found["fit_decisions"], found["fit_decided_right"] = len(known), round(right, 3)
         found["measured_above_high"] = round(mean(row.measured > row.high for row in rows), 3)
     return {**found, "sources": sources}
 
