@@ -17,6 +17,7 @@ from pathlib import Path
 import httpx
 import torch
 
+from shoal.admin.own import own_node
 from shoal.cli.up import demo_model
 from shoal.client.driver import Driver, DriverConfig
 from shoal.client.served import load_tokenizer
@@ -25,7 +26,7 @@ from shoal.compute.head import HeadEngine
 from shoal.compute.split import build_ends
 from shoal.launch.local import LocalSwarm, SwarmPlan
 from shoal.net.directory import Directory
-from shoal.net.identity import Authority, issue_node
+from shoal.net.home import Home
 from shoal.net.tls import TlsTransport
 from shoal.net.worker import Worker
 from shoal.spec.sampling import SamplingParams
@@ -64,10 +65,11 @@ async def main() -> None:
 
 async def join(stack: AsyncExitStack, swarm: LocalSwarm, model_dir: Path) -> Driver:
     """Become a client of the swarm: a certificate, a copy of the registry, and the two ends of the model."""
-    # Whoever can read the authority's key can let nodes in. Here that is us: we started the swarm.
-    identity = issue_node(Authority.load(swarm.swarm_dir / "ca"), "client")
+    # Whoever can read the authority's key can let nodes in. Here that is us: we started the swarm. On another machine,
+    # shoal.net.enrol.join does it with a token.
+    identity = own_node(Home(swarm.swarm_dir), "example", "client")
     transport = TlsTransport(identity)
-    directory = Directory(identity.peer.node, on_change=lambda: driver.view_changed())
+    directory = Directory(identity, on_change=lambda: driver.view_changed())
     facts = describe(model_dir)
     worker = Worker("head", lambda: torch.set_num_threads(1))
     stack.callback(worker.close)
@@ -83,7 +85,7 @@ async def join(stack: AsyncExitStack, swarm: LocalSwarm, model_dir: Path) -> Dri
     driver.start()
     stack.push_async_callback(driver.close)
     # Any node answers gossip: one server is enough to hear of all of them.
-    gossip = asyncio.create_task(directory.rounds(transport, [await swarm_address(swarm)], lambda *_: None))
+    gossip = asyncio.create_task(directory.rounds(transport, [await swarm_address(swarm)]))
     stack.callback(gossip.cancel)
     async with asyncio.timeout(10):
         while missing_blocks(directory.live(), facts.name, facts.num_blocks):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
 
@@ -53,3 +54,15 @@ def test_a_log_that_was_changed_fails_every_entry_that_waits(tmp_path: Path) -> 
         with pytest.raises(AuditBroken):
             writer.submit("c").result(20)
     writer.close()
+
+
+def test_an_entry_is_what_it_was_when_it_was_submitted(tmp_path: Path) -> None:
+    writer = AuditWriter(log_of(tmp_path))
+    hosts: list[list[str]] = []
+    for i in range(300):
+        writer.submit("request", i=i, hosts=hosts)
+        hosts.append(["node", f"{i}:{i + 1}"])  # while the writer may be between signing and writing it
+    writer.close()
+    assert verdict(tmp_path).whole, verdict(tmp_path).bad
+    lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_bytes().splitlines()]
+    assert [len(line["data"]["hosts"]) for line in lines if line["kind"] == "request"] == list(range(300))

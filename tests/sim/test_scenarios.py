@@ -150,7 +150,7 @@ def restarted_nodes_unheard(monkeypatch: pytest.MonkeyPatch) -> None:
         (trust_in_the_journal, "failover", range(8)),
         (linked_too_early, "failover", range(205, 216)),
         (forgotten_sessions, "liveness", range(8)),
-        (restarted_nodes_unheard, "liveness", range(8)),
+        (restarted_nodes_unheard, "liveness", range(28, 36)),
     ],
 )
 def test_a_planted_bug_is_found(

@@ -5,6 +5,7 @@ One entry costs a signature or two and one wait for the disk; a hundred entries 
 
 from __future__ import annotations
 
+import copy
 import queue
 import threading
 from collections.abc import Callable, Mapping
@@ -35,10 +36,13 @@ class AuditWriter:
 
     def submit(self, kind: str, **data: Json) -> Future[Head]:
         """The future is done once the entry is on the disk; it raises what the log raised. Raises AuditBroken when the
-        disk is so far behind that no entry can wait any more."""
+        disk is so far behind that no entry can wait any more.
+
+        `data` is taken as it is now: what the caller does to its lists later must not change an entry that waits, or
+        one that has just been signed."""
         future: Future[Head] = Future()
         try:
-            self._waiting.put_nowait((kind, data, future))
+            self._waiting.put_nowait((kind, copy.deepcopy(data), future))
         except queue.Full:
             raise AuditBroken(
                 f"The disk of the audit log is {WAITING} entries behind.", hint="See what else uses that disk."
