@@ -23,8 +23,8 @@ def gossip(sizes: tuple[int, ...], seed: int, as_json: bool) -> int:
     """Simulate the registry of swarms of several sizes; exit code 3 when a figure misses its bar.
 
     Runs the real registry code on a virtual clock: a join, silent deaths, an old calendar, the death of every seed, a
-    partition, and liars all the while. Signatures are priced with real keys. Ten seconds for 8 and 100 nodes, well over
-    ten minutes for 1,000.
+    partition, and liars all the while; a shorter course for swarms of more than 200. Signatures are priced with real
+    keys. Ten seconds for 8 and 100 nodes, about four minutes for 1,000.
     """
     from shoal.bench import gossip as bench
     from shoal.sim.scenarios import registry

@@ -65,7 +65,7 @@ class Pace:
 
 SMALL = Pace(round_s=1.0, renew_s=1.0, load_s=0.4, lease_s=5.0, partners=1, links=4, all_seeds=True, rtts=32)
 MIDDLE = Pace(round_s=1.0, renew_s=2.0, load_s=5.0, lease_s=8.0, partners=2, links=4, all_seeds=False, rtts=16)
-LARGE = Pace(round_s=1.0, renew_s=3.0, load_s=10.0, lease_s=9.0, partners=2, links=4, all_seeds=False, rtts=4)
+LARGE = Pace(round_s=1.0, renew_s=2.5, load_s=10.0, lease_s=8.0, partners=2, links=4, all_seeds=False, rtts=4)
 
 
 def pace(nodes: int) -> Pace:

@@ -75,6 +75,7 @@ _ENCODER = msgspec.msgpack.Encoder()
 _RECORDS = msgspec.msgpack.Decoder(Record)
 _BEATS = msgspec.msgpack.Decoder(Beat)
 _REVOCATIONS = msgspec.msgpack.Decoder(Revocations)
+_NEWS = (Record, Beat)
 _GREW_AT_S = operator.attrgetter("grew_at_s")
 _DAMAGED = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
 
@@ -194,7 +195,7 @@ class View:
                 self.refused["flood"] += 1
                 break
             outcome = take(signed, now)
-            if isinstance(outcome, Record | Beat):
+            if isinstance(outcome, _NEWS):
                 changed.append(outcome.node)
             elif outcome is not None:
                 self.refused[outcome] += 1
@@ -306,7 +307,7 @@ class View:
             if not same or version < entry.record.version:
                 record = _aged(entry.signed, () if same else entry.chain, entry, now)
             beat = None if entry.beat is None else _aged(entry.beat, (), entry, now)
-            room -= _bytes(record) + _bytes(beat)
+            room -= (_bytes(record) if record is not None else 0) + (_bytes(beat) if beat is not None else 0)
             if room < 0 and (records or beats):
                 return records, beats, True
             if record is not None:
@@ -352,12 +353,20 @@ class View:
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
+    @staticmethod
+    def _decode_record(payload: bytes) -> Record:
+        return _RECORDS.decode(payload)
+
+    @staticmethod
+    def _decode_beat(payload: bytes) -> Beat:
+        return _BEATS.decode(payload)
+
     def _take(self, signed: Signed, now: float) -> Record | Refusal | None:
         """The record when it was news, why it was refused, or None for old news."""
         if len(signed.payload) > MAX_RECORD_BYTES or sum(map(len, signed.chain)) > MAX_CHAIN_BYTES:
             return "oversized"
         try:
-            record = _RECORDS.decode(signed.payload)
+            record = self._decode_record(signed.payload)
         except _DAMAGED:
             return "malformed"
         if len(record.node) > MAX_NODE_CHARS:
@@ -388,7 +397,7 @@ class View:
     def _take_beat(self, signed: Signed, now: float) -> Beat | Refusal | None:
         """The same for a renewal."""
         try:
-            beat = _BEATS.decode(signed.payload)
+            beat = self._decode_beat(signed.payload)
         except _DAMAGED:
             return "malformed"
         entry = self._entries.get(beat.node)
@@ -483,9 +492,7 @@ def _aged(signed: Signed, chain: Sequence[bytes], entry: _Entry, now: float) -> 
     return Signed(signed.payload, signed.signature, list(chain), round(1e3 * max(0.0, now - entry.grew_at_s)))
 
 
-def _bytes(signed: Signed | None) -> int:
-    if signed is None:
-        return 0
+def _bytes(signed: Signed) -> int:
     return len(signed.payload) + len(signed.signature) + sum(map(len, signed.chain)) + _SIGNED_BYTES
 
 
