@@ -116,6 +116,7 @@ def figures(run: Mapping[str, float], cost: Prices) -> list[Figure]:
                 run["calendar_s"],
                 DEAD_S,
                 unit="s",
+                peer="its old record is still known to all",
             ),
         ]
     return found
