@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 SEEDS ?= 0:1000000
 
 .DEFAULT_GOAL := help
-.PHONY: help up test check bench fuzz lint types format clean
+.PHONY: help up test long check bench fuzz lint types format clean
 
 help: ## list these recipes
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1 \2/p' $(MAKEFILE_LIST) | while read -r name what; do \
@@ -27,11 +27,14 @@ help: ## list these recipes
 up: $(INSTALLED) ## install on first use, then run a private swarm on this machine until Ctrl-C
 	@exec $(BIN)/shoal up
 
-test: lint types $(CLIENTS) ## everything that CI runs: lint, format, types, all tests
-	@$(BIN)/python -m pytest
+test: lint types $(CLIENTS) ## everything that CI runs: lint, format, types, tests
+	@$(BIN)/python -m pytest -m "not long"
+
+long: $(CLIENTS) ## the dozen tests of half a minute and more that `make test` leaves out
+	@$(BIN)/python -m pytest -m long
 
 check: lint types ## the fast part of `make test`, for before each commit
-	@$(BIN)/python -m pytest -m "not slow and not gpu"
+	@$(BIN)/python -m pytest -m "not slow and not long and not gpu"
 
 bench: $(INSTALLED) ## the figures of `shoal bench swarm`
 	@$(BIN)/shoal bench swarm

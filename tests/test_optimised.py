@@ -119,7 +119,7 @@ def run_optimised(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_fast_tests_of_everything_that_reads_input_pass_under_dash_o() -> None:
     ended = run_optimised("-x", "-m", "not slow and not gpu", *FAST)
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-1000:]

@@ -38,13 +38,13 @@ def test_the_relay_delays_both_ways_and_changes_nothing() -> None:
     asyncio.run(scenario())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sessions_take_the_near_replica(tmp_path: Path) -> None:
     (figure,) = asyncio.run(placing.near(tmp_path, DEMO))
     assert figure.ok, figure
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_idle_server_moves_to_the_bottleneck_and_no_session_dies(tmp_path: Path) -> None:
     moved, whole = asyncio.run(placing.relieved(tmp_path, DEMO))
     assert moved.value <= 3 * moved.reach, moved  # the bar itself is the benchmark's: CI machines are shared

@@ -9,7 +9,7 @@ import pytest
 from shoal.errors import ShoalError
 from shoal.hostile import slow
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 BAR = 5.0
 """Starved users wait for seconds, hundreds of times as long. That it is below 1.5, a loaded machine cannot say:

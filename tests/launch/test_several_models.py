@@ -15,7 +15,7 @@ from support.machines import Machine, directories
 from support.reference import Reference
 from support.swarm import DEMO, PATIENCE_S, Process, until
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 PROMPT = "In SQLite, a"
 TOKENS = 12

@@ -13,7 +13,7 @@ import openai
 import pytest
 from support.swarm import Answer, Ask, Process, Swarm, is_running, until
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 ZONE = "embedding=hq,first=3:hq"
 LABELS = [part for name in ("gateway", "server-1", "server-3") for part in ("--label", f"{name}=hq")]

@@ -15,7 +15,7 @@ from support.machines import directories
 from support.organisation import Organisation
 from support.swarm import DEMO, Ask, Process, answers, until
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 TICKS = os.sysconf("SC_CLK_TCK")
 WATCHED_S = 5.0

@@ -102,7 +102,7 @@ def test_no_plan_or_replan_breaks_a_zone_in_two_thousand_fleets() -> None:
     assert found.refused > 200
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_no_plan_or_replan_breaks_a_zone_in_a_hundred_thousand_fleets() -> None:
     found = check_fleets(range(100_000))
     assert found.wrong == []
