@@ -30,7 +30,7 @@ up: $(INSTALLED) ## install on first use, then run a private swarm on this machi
 test: lint types $(CLIENTS) ## everything that CI runs: lint, format, types, tests
 	@$(BIN)/python -m pytest -m "not long"
 
-long: $(CLIENTS) ## the dozen tests of half a minute and more that `make test` leaves out
+long: $(CLIENTS) ## the ten tests of up to a minute and more that `make test` leaves out
 	@$(BIN)/python -m pytest -m long
 
 check: lint types ## the fast part of `make test`, for before each commit
